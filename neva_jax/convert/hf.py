@@ -1,0 +1,165 @@
+"""Hugging Face: the tables of Llama, CLIP vision and the LLaVA projector, and what their config.json says in our words.
+
+The same tensors go by many prefixes (llava-hf classic, transformers 4.52+, 5.x, original LLaVA, a tower alone, inside a full CLIP): `canonical` strips them
+all to `llm.`, `vision_encoder.`, `projector.`, which is what the tables speak of.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from neva_jax.convert.keymap import COPY, TRANSPOSE, KeyMap, Rule, chain, pad_rows, patch_conv
+from neva_jax.convert.weights import Tensor, open_safetensors
+from neva_jax.errors import UserError
+from neva_jax.layers.mlp import ACTIVATIONS
+from neva_jax.layers.rope import Rope
+from neva_jax.models.clip import ClipVisionConfig
+from neva_jax.models.llama import LlamaConfig
+from neva_jax.models.projector import linear_names
+
+PREFIXES = (  # (pattern, canonical), the first that matches the start of a name counts
+    (r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?", "vision_encoder."),
+    (r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision_encoder."),
+    (r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.", "projector."),
+    (r"(?:language_model\.)?(?=lm_head\.)", "llm."),
+    (r"(?:language_model\.model\.|model\.language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)", "llm."),
+)
+IGNORED = re.compile(r"(position_ids|rotary_emb\.inv_freq|^logit_scale|^text_model\..*|^(text|visual)_projection\.weight)$")
+
+
+def canonical(name: str) -> str | None:
+    """A tensor's name without the prefixes of its layout; None for what carries no weight of ours; unknown names stay as they are."""
+    if IGNORED.search(name):
+        return None
+    for pattern, prefix in PREFIXES:
+        if match := re.match(pattern, name):
+            return prefix + name[match.end() :]
+    return name
+
+
+def open_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """{canonical name: Tensor} of a Hugging Face directory."""
+    named = ((canonical(name), tensor) for name, tensor in open_safetensors(directory).items())
+    return {name: tensor for name, tensor in named if name}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _linear(theirs: str, ours: str, bias: bool) -> list[Rule]:
+    rules = [Rule(f"{theirs}.weight", f"{ours}/kernel", TRANSPOSE)]
+    return rules + [Rule(f"{theirs}.bias", f"{ours}/bias")] if bias else rules
+
+
+def _norm(theirs: str, ours: str, bias: bool) -> list[Rule]:
+    rules = [Rule(f"{theirs}.weight", f"{ours}/scale")]
+    return rules + [Rule(f"{theirs}.bias", f"{ours}/bias")] if bias else rules
+
+
+def llama_rules(config: LlamaConfig) -> list[Rule]:
+    layer, ours, norm_bias = "llm.layers.{i}", "llm/layers", config.normalization != "rmsnorm"
+    table = pad_rows(config.vocab_size, config.padded_vocab_size)
+    rules = [Rule("llm.embed_tokens.weight", "llm/embed_tokens/embedding", table), *_norm("llm.norm", "llm/norm", norm_bias)]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        rules += _linear(f"{layer}.self_attn.{name}", f"{ours}/self_attn/{name}", config.bias or config.qkv_bias)
+    rules += _linear(f"{layer}.self_attn.o_proj", f"{ours}/self_attn/o_proj", config.bias)
+    for name in ("gate_proj", "up_proj", "down_proj") if ACTIVATIONS[config.activation][1] else ("up_proj", "down_proj"):
+        rules += _linear(f"{layer}.mlp.{name}", f"{ours}/mlp/{name}", config.bias)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        rules += _norm(f"{layer}.{name}", f"{ours}/{name}", norm_bias)
+    return rules if config.tied else [*rules, Rule("llm.lm_head.weight", "llm/lm_head/kernel", chain(table, TRANSPOSE))]
+
+
+def clip_rules(config: ClipVisionConfig) -> list[Rule]:
+    embed, layer, ours = "vision_encoder.embeddings", "vision_encoder.encoder.layers.{i}", "vision_encoder"
+    rules = [
+        Rule(f"{embed}.class_embedding", f"{ours}/class_embedding"),
+        Rule(f"{embed}.patch_embedding.weight", f"{ours}/patch_embedding/kernel", patch_conv(config.patch_size)),
+        Rule(f"{embed}.position_embedding.weight", f"{ours}/position_embedding/embedding", COPY),
+        *_norm("vision_encoder.pre_layrnorm", f"{ours}/pre_layrnorm", True),
+        *_norm("vision_encoder.post_layernorm", f"{ours}/post_layernorm", True),
+    ]
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        rules += _linear(f"{layer}.self_attn.{name}", f"{ours}/layers/self_attn/{name}", True)
+    for theirs, name in (("fc1", "up_proj"), ("fc2", "down_proj")):
+        rules += _linear(f"{layer}.mlp.{theirs}", f"{ours}/layers/mlp/{name}", True)
+    for name in ("layer_norm1", "layer_norm2"):
+        rules += _norm(f"{layer}.{name}", f"{ours}/layers/{name}", True)
+    return rules
+
+
+def projector_rules(kind: str, names) -> list[Rule]:
+    """names: what the file holds; llava-hf says linear_1 and linear_2 where LLaVA says 0 and 2, and LLaVA's linear has no name at all."""
+    rules = []
+    for i, ours in enumerate(linear_names(kind)):
+        choices = [f"projector.linear_{i + 1}", f"projector.{ours}", "projector"]
+        theirs = next((choice for choice in choices if f"{choice}.weight" in names), choices[0])
+        rules += _linear(theirs, f"projector/{ours}", True)
+    return rules + (_norm("projector.1", "projector/1", True) if kind.startswith("mlp_downsample") else [])
+
+
+def key_map(model_config, names=()) -> KeyMap:
+    """model_config: the build's ModelConfig (llm, vision, projector); names: their canonical names, which decide between spellings."""
+    rules = llama_rules(model_config.llm) + clip_rules(model_config.vision) + projector_rules(model_config.projector, names)
+    return KeyMap(rules, {"llm": model_config.llm.num_layers, "vision_encoder": model_config.vision.num_layers})
+
+
+# ---- config.json -----------------------------------------------------------------------------------------------------------------------------------
+
+
+def read_config(directory: str | Path) -> dict:
+    """config.json of a Hugging Face directory, split as {"text": ..., "vision": ..., "top": ...}; absent parts are None."""
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise UserError(f"{directory}: no config.json here; expected a Hugging Face model directory")
+    try:
+        top = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    kind = top.get("model_type")
+    if kind in ("clip_vision_model", "clip"):
+        return {"top": top, "text": None, "vision": top.get("vision_config", top)}
+    return {"top": top, "text": top.get("text_config", top), "vision": top.get("vision_config")}
+
+
+def vision_fields(vision: dict) -> dict:
+    """A CLIP vision config in ClipVisionConfig's words; keys that an abbreviated file leaves out get transformers' defaults."""
+    if vision.get("model_type", "clip_vision_model") not in ("clip_vision_model", "clip"):
+        raise UserError(f"vision tower of type {vision['model_type']!r}; this version reads clip_vision_model")
+    get = vision.get
+    return {
+        "hidden_size": get("hidden_size", 768), "ffn_hidden_size": get("intermediate_size", 3072), "num_layers": get("num_hidden_layers", 12),
+        "num_attention_heads": get("num_attention_heads", 12), "image_size": get("image_size", 224), "patch_size": get("patch_size", 32),
+        "hidden_act": get("hidden_act", "quick_gelu"), "layernorm_epsilon": get("layer_norm_eps", 1e-5),
+    }  # fmt: skip
+
+
+def text_fields(text: dict) -> dict:
+    """A Llama or Mistral config in LlamaConfig's words; transformers 5 nests what 4 had as rope_theta and rope_scaling."""
+    if text.get("model_type", "llama") not in ("llama", "llava", "llava_llama", "mistral"):
+        raise UserError(f"language model of type {text['model_type']!r}; this version reads llama and mistral")
+    get = text.get
+    if get("attention_bias", False) != get("mlp_bias", False):
+        raise UserError(f"attention_bias {get('attention_bias')} with mlp_bias {get('mlp_bias')}: this version has biases on all projections or on none")
+    hidden, heads = get("hidden_size", 4096), get("num_attention_heads", 32)
+    head_dim = get("head_dim") or hidden // heads
+    return {
+        "vocab_size": get("vocab_size", 32000), "num_layers": get("num_hidden_layers", 32), "hidden_size": hidden,
+        "ffn_hidden_size": get("intermediate_size", 11008), "num_attention_heads": heads, "num_query_groups": get("num_key_value_heads") or heads,
+        "head_dim": head_dim, "rope": rope_of(text, head_dim), "layernorm_epsilon": get("rms_norm_eps", 1e-6),
+        "bias": get("attention_bias", False), "tied": bool(get("tie_word_embeddings", False)),
+    }  # fmt: skip
+
+
+def rope_of(text: dict, head_dim: int) -> Rope:
+    scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    base = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "linear":
+        return Rope(head_dim, base, interpolation=scaling["factor"])
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return Rope(head_dim, base, llama3=tuple(scaling[name] for name in names))
+    if kind != "default":
+        raise UserError(f"rope_scaling of type {kind!r}; this version computes default, linear and llama3")
+    return Rope(head_dim, base)

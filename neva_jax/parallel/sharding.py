@@ -1,0 +1,75 @@
+"""Logical axes -> mesh axes: the one table, and the two ways to apply it (at rest: `shardings`, on the way: `constrain`).
+
+A weight says what its dimensions are (`axes=("embed", "heads")` beside its shape), this table says where that goes, and nothing else says anything.
+A stacked weight has more dimensions than axes: the leading ones are layers.
+"""
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from neva_jax.errors import UserError
+
+LOGICAL_AXIS_RULES = {
+    # weights
+    "layers": "pipeline",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "sequence": "tensor",  # length of the residual stream between blocks, where a model is built for sequence_parallel
+}
+
+FIELDS = {"tensor": "model.tensor_model_parallel_size", "fsdp": "model.fsdp_parallel_size", "pipeline": "model.pipeline_model_parallel_size"}
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Logical axes of an array -> its PartitionSpec; a mesh axis that two dimensions ask for goes to the first."""
+    used: set[str] = set()
+    spec = []
+    for axis in axes:
+        mesh_axes = LOGICAL_AXIS_RULES[axis] if axis else None
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
+        names = tuple(name for name in names if name not in used)
+        used.update(names)
+        spec.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to the mesh in use (`jax.set_mesh`); without one, x itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """A NamedSharding for every variable of an (abstract) state, from the `axes` at its weight. Errors name the weight and the field to change."""
+
+    def one(path, variable):
+        axes = variable.get_metadata("axes")
+        axes = ("layers",) * (len(variable.shape) - len(axes)) + tuple(axes)
+        spec = partition_spec(axes)
+        for dim, size, names in zip(axes, variable.shape, spec, strict=True):
+            for name in (names,) if isinstance(names, str) else names or ():
+                if size % mesh.shape[name]:
+                    raise UserError(
+                        f"{'/'.join(map(str, path))}: dimension {dim!r} of size {size} cannot be split over {mesh.shape[name]} devices of the {name} axis; "
+                        f"change {FIELDS.get(name, name)} to a divisor of {size}"
+                    )
+        return variable.replace(NamedSharding(mesh, spec))
+
+    return nnx.map_state(one, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch [M, B, ...]: M micro-batches one after the other, B split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

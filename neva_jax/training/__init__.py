@@ -1,0 +1,1 @@
+"""What one step of training is: loss, gradients over micro-batches, optimizer, schedules, metrics."""
