@@ -59,8 +59,8 @@ class KeyMap:
         depth = self.num_layers[ours.split("/")[0]] if "{i}" in rule.theirs else 1
         return [rule.theirs.replace("{i}", str(i)) for i in range(depth)]
 
-    def check(self, theirs: dict, ours: dict[str, tuple[int, ...]], where: str) -> None:
-        """Every tensor of theirs used, every path of ours filled; else one error that lists all of both. ours: path -> shape."""
+    def check(self, theirs: dict, ours: list[str], where: str) -> None:
+        """Every tensor of theirs used, every path of ours filled; else one error that lists all of both."""
         wanted = {name for path in ours if path in self.rules for name in self.their_names(path)}
         known = {name for path in self.rules for name in self.their_names(path)}
         missing, unknown = sorted(wanted - set(theirs)), sorted(set(theirs) - known)

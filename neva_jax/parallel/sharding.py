@@ -1,11 +1,10 @@
-"""Logical axes -> mesh axes: the one table, and the two ways to apply it (at rest: `shardings`, on the way: `constrain`).
+"""Logical axes -> mesh axes: the one table, and the two ways to apply it (at rest: `weight_sharding`, on the way: `constrain`).
 
 A weight says what its dimensions are (`axes=("embed", "heads")` beside its shape), this table says where that goes, and nothing else says anything.
 A stacked weight has more dimensions than axes: the leading ones are layers.
 """
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from neva_jax.errors import UserError
@@ -47,23 +46,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """A NamedSharding for every variable of an (abstract) state, from the `axes` at its weight. Errors name the weight and the field to change."""
+def weight_sharding(path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """Where a weight lives. A dimension that cannot be split evenly is an error that names the weight and the field to change."""
+    spec = partition_spec(axes)
+    for dim, size, names in zip(axes, shape, spec, strict=True):
+        for name in (names,) if isinstance(names, str) else names or ():
+            if size % mesh.shape[name]:
+                raise UserError(
+                    f"{path}: its dimension {dim!r} of size {size} cannot be split over the {mesh.shape[name]} devices of the {name} axis; "
+                    f"change {FIELDS.get(name, name)} to a divisor of {size}"
+                )
+    return NamedSharding(mesh, spec)
 
-    def one(path, variable):
-        axes = variable.get_metadata("axes")
-        axes = ("layers",) * (len(variable.shape) - len(axes)) + tuple(axes)
-        spec = partition_spec(axes)
-        for dim, size, names in zip(axes, variable.shape, spec, strict=True):
-            for name in (names,) if isinstance(names, str) else names or ():
-                if size % mesh.shape[name]:
-                    raise UserError(
-                        f"{'/'.join(map(str, path))}: dimension {dim!r} of size {size} cannot be split over {mesh.shape[name]} devices of the {name} axis; "
-                        f"change {FIELDS.get(name, name)} to a divisor of {size}"
-                    )
-        return variable.replace(NamedSharding(mesh, spec))
 
-    return nnx.map_state(one, state)
+def also_over_data(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The same, split over the data axis too along the first dimension that is free and divides: for optimizer state that no forward pass reads."""
+    spec = list(sharding.spec) + [None] * (len(shape) - len(sharding.spec))
+    size = sharding.mesh.shape["data"]
+    free = next((i for i, (dim, names) in enumerate(zip(shape, spec, strict=True)) if names is None and dim % size == 0), None)
+    if free is not None:
+        spec[free] = "data"
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

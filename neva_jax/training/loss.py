@@ -6,9 +6,9 @@ import jax.numpy as jnp
 CHUNK = 64  # supervised positions a row that are turned into logits at once
 
 
-def supervised_cross_entropy(logits, hidden, labels, supervised_positions):
+def supervised_cross_entropy(logits, hidden, labels, supervised_positions, row_weights):
     """logits: function [B, k, D] -> float32[B, k, V]; hidden: [B, T, D]; labels: int32[B, T], next-token targets, -100 where nothing is supervised;
-    supervised_positions: int32[B, K], -1 pads -> (sum of losses in nats, count of targets), both float32 scalars.
+    supervised_positions: int32[B, K], -1 pads; row_weights: float32[B] -> float32: sum over targets of weight of the row x loss in nats.
     """
     rows, length = supervised_positions.shape
     chunk = CHUNK if length % CHUNK == 0 else length
@@ -19,10 +19,24 @@ def supervised_cross_entropy(logits, hidden, labels, supervised_positions):
 
     @jax.checkpoint
     def body(total, chunk):
-        return total + jnp.sum(token_losses(logits(chunk[0]), chunk[1])), None
+        return total + jnp.sum(token_losses(logits(chunk[0]), chunk[1]) * row_weights[:, None]), None
 
-    total, _ = jax.lax.scan(body, jnp.float32(0), chunks)
-    return total, jnp.sum(targets >= 0, dtype=jnp.float32)
+    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+
+
+def row_weights(labels, reduction: str, num_shards: int):
+    """labels: int32[M, B, T] of a whole global batch -> float32[M, B], the weights under which the weighted sum is the loss.
+
+    global_token_mean: one mean over every target of the global batch. microbatch_mean: NeMo's mean of means, one a micro-batch and data shard
+    (`num_shards` of B / num_shards neighbouring rows each); one without any target counts as 0 where NeMo's is NaN.
+    """
+    counts = jnp.sum(labels >= 0, -1, dtype=jnp.float32)
+    if reduction == "global_token_mean":
+        return jnp.ones_like(counts) / jnp.maximum(jnp.sum(counts), 1.0)
+    micro_batches, rows = counts.shape
+    means = jnp.sum(counts.reshape(micro_batches, num_shards, -1), -1, keepdims=True)
+    weights = 1.0 / (jnp.maximum(means, 1.0) * micro_batches * num_shards)
+    return jnp.broadcast_to(weights, (micro_batches, num_shards, rows // num_shards)).reshape(micro_batches, rows)
 
 
 def token_losses(logits, targets):

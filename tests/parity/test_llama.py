@@ -11,7 +11,7 @@ from neva_jax.convert import hf
 from neva_jax.layers.attention import attend
 from neva_jax.models.llama import Llama
 from neva_jax.parallel.layer_runner import make_runner, scan_layers
-from neva_jax.training.loss import supervised_cross_entropy
+from neva_jax.training.loss import row_weights, supervised_cross_entropy
 
 BASE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64)
 VARIANTS = {
@@ -71,8 +71,8 @@ def test_layers_logits_loss_and_gradients(tmp_path, name):
     def our_loss(state):
         model = nnx.merge(graphdef, state)
         hidden = model.decode(model.embed(jnp.asarray(tokens)), positions)
-        total, count = supervised_cross_entropy(model.logits, hidden, jnp.asarray(labels), jnp.where(labels >= 0, positions, -1))
-        return total / count
+        weights = row_weights(jnp.asarray(labels)[None], "global_token_mean", 1)[0]
+        return supervised_cross_entropy(model.logits, hidden, jnp.asarray(labels), jnp.where(labels >= 0, positions, -1), weights)
 
     value, grads = jax.value_and_grad(our_loss)(state)
     np.testing.assert_allclose(value, loss.item(), atol=1e-4)

@@ -1,0 +1,52 @@
+"""The frozen weights a run stands on. A run never needs a file of another run: what it takes frozen from one, or from a random start, it copies into its own `base/`;
+weights in a published format (Hugging Face) stay where they are and are recorded by path, size and hash of headers.
+
+`base.json`: {"copied": [paths], "published": [{"directory", "digest", "paths"}]}.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+
+from neva_jax.checkpoint.manager import load_tree, save_tree, saved_paths
+from neva_jax.errors import UserError
+
+
+class SavedTree:
+    """A source of weights: a tree saved by us (a step's `trainable`, a run's `base`)."""
+
+    published = None
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.shapes = saved_paths(self.directory)
+
+    def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        for path, target in targets.items():
+            if self.shapes[path] != target.shape:
+                raise UserError(f"{self.directory}: {path} has the shape {list(self.shapes[path])}, the config makes it {list(target.shape)}; the model differs")
+        return load_tree(self.directory, targets)
+
+
+def record_base(run: Path, frozen: dict[str, jax.Array], sources: dict[str, object]) -> None:
+    """Copies what must be copied and writes base.json. sources: {path: the source it came from, None: a random start}."""
+    copied = {path: array for path, array in frozen.items() if getattr(sources.get(path), "published", None) is None}
+    published: dict[int, dict] = {}
+    for path, source in sources.items():
+        if path in frozen and path not in copied:
+            published.setdefault(id(source), {**source.published, "paths": []})["paths"].append(path)
+    if copied:
+        save_tree(run / "base", copied)
+    if jax.process_index() == 0:
+        temporary = run / "base.json.tmp"
+        temporary.write_text(json.dumps({"copied": sorted(copied), "published": list(published.values())}, indent=1))
+        os.replace(temporary, run / "base.json")
+
+
+def read_base(run: Path) -> dict:
+    path = Path(run) / "base.json"
+    if not path.exists():
+        raise UserError(f"{run}: has checkpoints but no base.json, which names its frozen weights; it is not a whole run")
+    return json.loads(path.read_text())

@@ -1,0 +1,77 @@
+"""The one-off index of exact lengths: each record's tokens, supervised targets and media, kept in `cache_dir` under the fingerprint of all that decides them.
+
+Every record is parsed, rendered and tokenised once here, so a defect of any record is named before the first step, not hours later.
+"""
+
+import logging
+import multiprocessing
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from neva_jax.data.example import Examples
+from neva_jax.data.plan import Lengths
+from neva_jax.errors import DataError
+
+log = logging.getLogger(__name__)
+
+CHUNK = 4096  # records a task
+
+
+def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0) -> Lengths:
+    """Lengths of all records, from the cache or made now; num_workers: processes to make them with."""
+    path = Path(cache_dir) / f"lengths-{examples.fingerprint()}.npy"
+    if path.exists():
+        table = np.load(path, mmap_mode="r")
+    else:
+        table = _make(examples, num_workers)
+        _store(path, table)
+    cut = int(table[:, 3].sum())
+    if cut:
+        log.warning(f"{cut} of {len(table)} records are longer than model.encoder_seq_length {examples.max_length} and lose the end of an answer")
+    return Lengths(table[:, 0], table[:, 1], table[:, 2])
+
+
+def _make(examples: Examples, num_workers: int) -> np.ndarray:
+    starts = range(0, len(examples), CHUNK)
+    if num_workers and len(starts) > 1:
+        with multiprocessing.get_context("spawn").Pool(min(num_workers, len(starts)), _init_worker, (examples,)) as pool:
+            parts = list(tqdm(pool.imap(_chunk_in_worker, starts), "indexing lengths", len(starts), disable=None))
+    else:
+        parts = [_chunk(examples, start) for start in tqdm(starts, "indexing lengths", disable=None if len(starts) > 1 else True)]
+    return np.concatenate(parts)
+
+
+def _chunk(examples: Examples, start: int) -> np.ndarray:
+    """int32[n, 4]: tokens, supervised, media, whether answers were cut."""
+    rows = []
+    for index in range(start, min(start + CHUNK, len(examples))):
+        stream = examples.stream(index)
+        rows.append((len(stream.ids) - 1, stream.supervised[1:].sum(), stream.num_media, stream.answers_cut))
+    return np.array(rows, np.int32)
+
+
+_examples = None
+
+
+def _init_worker(examples: Examples) -> None:
+    global _examples
+    _examples = examples
+
+
+def _chunk_in_worker(start: int) -> np.ndarray:
+    return _chunk(_examples, start)
+
+
+def _store(path: Path, table: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, table)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path.parent}: cannot hold the index of lengths ({error.strerror}); set model.data.cache_dir to a writable folder") from None

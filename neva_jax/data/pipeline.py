@@ -1,0 +1,125 @@
+"""Plan -> batches: Grain reads, decodes and stacks the rows of this process, in threads or in worker processes, in the plan's order.
+
+A batch is a dict of arrays [M, B, ...]: M micro-batches of B rows (of this process). Fields: tokens, labels, position_ids, segment_ids, media_index int32[M, B, T];
+loss_mask float32[M, B, T]; supervised_positions int32[M, B, K]; media uint8[M, B, N, H, W, 3]; bad_image int32[M, B].
+"""
+
+import dataclasses
+import functools
+import os
+
+import grain
+import numpy as np
+
+from neva_jax.data.example import Example, Examples
+from neva_jax.data.plan import Bucket, local_rows
+from neva_jax.data.tokenize import IGNORE
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows of every global batch this process holds (see `local_rows`)."""
+
+    micro_batch_size: int
+    num_shards: int = 1
+    shards: range = range(1)
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        return local_rows(ids, micro_batch_size=self.micro_batch_size, num_shards=self.num_shards, shards=self.shards)
+
+    @property
+    def width(self) -> int:
+        """B: rows of a micro-batch here."""
+        return self.micro_batch_size * len(self.shards)
+
+
+class _RowSource:
+    """Grain's source: element i is (record id, bucket) of the i-th row from global batch `start` on."""
+
+    def __init__(self, plan, rows: Rows, ids: np.ndarray, start: int, stop: int, rows_per_batch: int):
+        self.plan, self.rows, self.ids, self.start, self.rows_per_batch = plan, rows, ids, start, rows_per_batch
+        self.num_rows = (stop - start) * rows_per_batch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, i: int) -> tuple[int, Bucket]:
+        batch, row = divmod(i, self.rows_per_batch)
+        bucket, ids = self.plan[self.start + batch]
+        chosen = self.rows.of(ids)[row]
+        return (int(self.ids[chosen]) if chosen >= 0 else -1), bucket
+
+
+def load_row(examples: Examples, item: tuple[int, Bucket]) -> tuple[Example | None, Bucket]:
+    index, bucket = item
+    return (examples[index] if index >= 0 else None), bucket
+
+
+def collate(width: int, no_media: np.ndarray, items: list[tuple[Example | None, Bucket]]) -> dict[str, np.ndarray]:
+    """Rows of one global batch -> the batch, padded to its bucket."""
+    bucket = items[0][1]
+    rows = [pad_example(example, bucket, no_media) for example, _ in items]
+    return {name: np.stack([row[name] for row in rows]).reshape(len(rows) // width, width, *rows[0][name].shape) for name in rows[0]}
+
+
+def pad_example(example: Example | None, bucket: Bucket, no_media: np.ndarray) -> dict[str, np.ndarray]:
+    """One row of a batch. None gives an empty row: one token, nothing supervised."""
+    if example is None:
+        one = np.zeros(1, np.int32)
+        example = Example(one, np.full(1, IGNORE, np.int32), np.full(1, -1, np.int32), no_media)
+    length = bucket.tokens
+    assert len(example.tokens) <= length and len(example.media) <= bucket.media, (len(example.tokens), len(example.media), bucket)
+
+    def pad(array: np.ndarray, value: int) -> np.ndarray:
+        return np.pad(array, (0, length - len(array)), constant_values=value)
+
+    supervised = np.flatnonzero(example.labels != IGNORE)
+    media = np.zeros((bucket.media, *no_media.shape[1:]), np.uint8)
+    media[: len(example.media)] = example.media
+    return {
+        "tokens": pad(example.tokens, 0),
+        "labels": pad(example.labels, IGNORE),
+        "loss_mask": pad((example.labels != IGNORE).astype(np.float32), 0),
+        "position_ids": np.arange(length, dtype=np.int32),
+        "segment_ids": pad(np.ones(len(example.tokens), np.int32), 0),
+        "media_index": pad(example.media_index, -1),
+        "supervised_positions": np.pad(supervised.astype(np.int32), (0, bucket.supervised - len(supervised)), constant_values=-1),
+        "media": media,
+        "bad_image": np.int32(example.bad_image),
+    }
+
+
+def batches(examples: Examples, plan, rows: Rows, *, ids: np.ndarray, start: int, stop: int, global_batch_size: int, num_workers: int = 0):
+    """An iterator over global batches start .. stop-1 of `plan` (this process' rows). ids: record of each id that the plan speaks of."""
+    rows_per_batch = global_batch_size // rows.num_shards * len(rows.shards)
+    source = _RowSource(plan, rows, ids, start, stop, rows_per_batch)
+    dataset = (
+        grain.MapDataset.source(source)
+        .map(functools.partial(load_row, examples))
+        .batch(rows_per_batch, batch_fn=functools.partial(collate, rows.width, examples.no_media))
+        .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+    )
+    if not num_workers:
+        return iter(dataset)
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2), worker_init_fn=_no_device)
+    return _started_without_devices(dataset)
+
+
+def _started_without_devices(dataset):
+    """Grain imports JAX in its workers; none of them may take a device, so they are born into an environment that shows none."""
+    hidden = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    before = {name: os.environ.get(name) for name in hidden}
+    os.environ.update(hidden)
+    try:
+        iterator = iter(dataset)
+        first = next(iterator, None)  # all workers run by the time one of them has given a batch
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    if first is not None:
+        yield first
+        yield from iterator
+
+
+def _no_device(worker: int, num_workers: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

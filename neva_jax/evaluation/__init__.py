@@ -1,0 +1,1 @@
+"""Tasks and scorers, and the sheets that show their answers."""

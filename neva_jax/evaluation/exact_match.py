@@ -1,0 +1,76 @@
+"""Exact match: every question of a LLaVA file is asked by itself, with its record's pictures before it, and the answer must be the given one
+(case, surrounding space and a final full stop aside)."""
+
+import dataclasses
+
+import numpy as np
+
+from neva_jax.data.conversation import PLACEHOLDER, TEMPLATES, render
+from neva_jax.data.example import Example, Examples
+from neva_jax.data.pipeline import pad_example
+from neva_jax.data.plan import Bucket
+from neva_jax.data.tokenize import IGNORE, encode
+from neva_jax.inference.generate import greedy
+
+GRAIN = 16  # prompt lengths are padded to a multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """index: of the record in its file; media: uint8[N, H, W, 3]"""
+
+    index: int
+    text: str
+    truth: str
+    media: np.ndarray
+
+
+def questions_of(examples: Examples):
+    """Every question of every record, in order."""
+    for index in range(len(examples)):
+        record = examples.record(index)
+        media = examples[index].media
+        tags = f"{PLACEHOLDER}\n" * len(record.images)
+        for (_, question), (_, answer) in zip(record.turns[::2], record.turns[1::2], strict=False):
+            yield Question(index, tags + question.replace(PLACEHOLDER, "").strip(), answer, media)
+
+
+def answer(graphdef, params: dict, examples: Examples, questions: list[Question], *, batch_size: int = 64, max_new_tokens: int = 16) -> list[str]:
+    """The model's greedy answer to each question, asked alone under the examples' template."""
+    template, tokenizer = TEMPLATES[examples.template], examples.tokenizer
+    stop_id = examples.special.eos if template.stop != "\n" else tokenizer.encode("\n", start=False)[0][-1]
+    prompts = [_prompt(examples, question) for question in questions]
+    length = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // GRAIN) * GRAIN
+    answers: list[str] = [""] * len(prompts)
+    order = np.argsort([len(p.media) for p in prompts], kind="stable")  # rows with as many pictures stand together
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        bucket = Bucket(length, 1, max(len(prompts[i].media) for i in chosen))
+        rows = [pad_example(prompts[i], bucket, examples.no_media) for i in chosen]
+        rows += [pad_example(None, bucket, examples.no_media)] * (batch_size - len(rows))
+        names = ("tokens", "segment_ids", "position_ids", "media_index", "media")
+        batch = {name: np.stack([row[name] for row in rows]) for name in names}
+        ids = np.asarray(greedy(graphdef, params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
+        for i, row in zip(chosen, ids, strict=False):
+            answers[i] = tokenizer.decode([t for t in row if t != stop_id]).strip()
+    return answers
+
+
+def _prompt(examples: Examples, question: Question) -> Example:
+    pieces = render(examples.template, (("human", question.text),))
+    stream = encode(pieces, examples.tokenizer, examples.special, examples.media_length)
+    return Example(stream.ids, np.full(len(stream.ids), IGNORE, np.int32), stream.media_index, question.media)
+
+
+def matches(found: str, truth: str) -> bool:
+    return _plain(found) == _plain(truth)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def score(answers: list[str], questions: list[Question]) -> dict[str, float]:
+    """{"accuracy": percent, "num_questions": count}"""
+    right = sum(matches(found, question.truth) for found, question in zip(answers, questions, strict=True))
+    return {"accuracy": 100 * right / max(1, len(questions)), "num_questions": len(questions)}

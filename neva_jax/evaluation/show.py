@@ -1,0 +1,70 @@
+"""What people look at: a page of training rows with what is supervised in colour, and the end-of-run evaluation with its sheet of answers."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from neva_jax.data.example import Examples
+from neva_jax.evaluation import exact_match
+from neva_jax.evaluation.sheet import BLACK, GREEN, GREY, RED, sheet
+
+log = logging.getLogger(__name__)
+
+
+def token_runs(tokens: np.ndarray, labels: np.ndarray, media_index: np.ndarray, tokenizer) -> list[tuple[str, str]]:
+    """One row's text as [(text, kind)], kind: "text", "supervised" or "media". A token is supervised if it is the target of the one before it."""
+    supervised = np.concatenate([[False], labels[:-1] >= 0])
+    kinds = np.where(media_index >= 0, "media", np.where(supervised, "supervised", "text"))
+    starts = np.flatnonzero(np.concatenate([[True], kinds[1:] != kinds[:-1]]))
+    runs = []
+    for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        kind = str(kinds[begin])
+        runs.append((f"[{end - begin} media vectors]" if kind == "media" else _decode(tokens[:end], begin, tokenizer), kind))
+    return runs
+
+
+def _decode(tokens: np.ndarray, begin: int, tokenizer) -> str:
+    """tokens[begin:] as they read behind what stands before them (a decoder drops a leading space otherwise)."""
+    before = tokenizer.decode(tokens[max(0, begin - 1) : begin])
+    return tokenizer.decode(tokens[max(0, begin - 1) :])[len(before) :]
+
+
+def batch_sheet(batch: dict[str, np.ndarray], tokenizer, count: int = 8) -> np.ndarray:
+    """The first rows of a batch: pictures, text in black, what is learnt in green, media in grey -> uint8[H, W, 3]"""
+    colours = {"text": BLACK, "supervised": GREEN, "media": GREY}
+    cells = []
+    for i in range(min(count, batch["tokens"].shape[1])):
+        n = int((batch["segment_ids"][0, i] != 0).sum())
+        runs = token_runs(batch["tokens"][0, i, :n], batch["labels"][0, i, :n], batch["media_index"][0, i, :n], tokenizer)
+        cells.append((list(batch["media"][0, i]), [(text + " ", colours[kind]) for text, kind in runs]))
+    return sheet(cells)
+
+
+def evaluate(run: Path, graphdef, params: dict, examples: Examples, *, batch_size: int, num_shown: int = 24) -> dict[str, float]:
+    """Asks every question of `examples`, writes evaluation.json and answers.png (wrong answers first) into the run, prints the accuracy and a few answers."""
+    questions = list(exact_match.questions_of(examples))
+    answers = exact_match.answer(graphdef, params, examples, questions, batch_size=batch_size)
+    scores = exact_match.score(answers, questions)
+    right = [exact_match.matches(a, q.truth) for a, q in zip(answers, questions, strict=True)]
+    rows = [{"index": q.index, "question": q.text, "answer": a, "truth": q.truth, "right": r} for q, a, r in zip(questions, answers, right, strict=True)]
+    (run / "evaluation.json").write_text(json.dumps({**scores, "answers": rows}, indent=1))
+    spread = [int(i) for i in np.linspace(0, len(rows) - 1, num_shown)]
+    shown = ([i for i, r in enumerate(right) if not r][: num_shown // 3] + [i for i in spread if right[i]])[:num_shown]
+    cells = [(list(questions[i].media), _question_runs(rows[i])) for i in shown]
+    Image.fromarray(sheet(cells, columns=3)).save(run / "answers.png")
+    for i in spread[:: max(1, num_shown // 6)]:
+        log.info(f"{_words(rows[i]['question'])!r} -> {rows[i]['answer']!r} (truth: {rows[i]['truth']!r})")
+    log.info(f"accuracy {scores['accuracy']:.2f} % exact match on {scores['num_questions']} held-out questions; {run / 'evaluation.json'}, {run / 'answers.png'}")
+    return scores
+
+
+def _words(question: str) -> str:
+    return question.replace("<image>", "").strip()
+
+
+def _question_runs(row: dict) -> list[tuple[str, tuple[int, int, int]]]:
+    colour = GREEN if row["right"] else RED
+    return [(_words(row["question"]) + "\n", BLACK), (row["answer"] + "\n", colour), (f"truth: {row['truth']}", GREY)]

@@ -1,0 +1,32 @@
+"""SIGTERM and SIGINT as a wish to stop, agreed between processes: each puts its wish into the step's input, and every process reads the same answer from its metrics."""
+
+import signal
+import threading
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class StopRequest:
+    """Catches the signals; a second one ends the process at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number, frame):
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def array(self, mesh: Mesh) -> jax.Array:
+        """int32[devices]: 1 on every device of a process that wants to stop."""
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        local = np.full(len(mesh.local_devices), int(self.signal is not None), np.int32)
+        return jax.make_array_from_process_local_data(sharding, local, (mesh.size,))
+
+    def restore(self) -> None:
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)

@@ -1,0 +1,138 @@
+"""Train a NeVA model: python train.py --config configs/pretrain.py [--config.model.micro_batch_size=8 ...]
+
+One run, top to bottom. What a run leaves in its directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, base/ and base.json (the frozen weights it
+stands on), and with `evaluation.questions` set, evaluation.json and answers.png.
+"""
+
+import functools
+import json
+import logging
+
+import jax
+import numpy as np
+
+from neva_jax import build, cli, hub
+from neva_jax.checkpoint.base import record_base
+from neva_jax.checkpoint.manager import Checkpoints
+from neva_jax.config import architecture, compare_architecture, to_json
+from neva_jax.errors import UserError
+from neva_jax.evaluation import show
+from neva_jax.parallel.devices import peak_flops
+from neva_jax.parallel.mesh import batch_shards
+from neva_jax.parallel.sharding import batch_sharding
+from neva_jax.training.metrics import Clock, Metrics
+from neva_jax.training.step import init_state, make_eval_step, make_train_step
+from neva_jax.training.stop import StopRequest
+from neva_jax.training.watch import Watch
+
+log = logging.getLogger("train")
+
+
+def main(config) -> dict[str, float]:
+    """Runs a config to its end, or to a stop request -> the last metrics; exits with 128 + the signal's number after one."""
+    # ---- where: directory, devices ---------------------------------------------------------------------------------------------------------------
+    stop = StopRequest()
+    run, mesh = build.log_dir(config), build.build_mesh(config)
+    first_process = jax.process_index() == 0
+    jax.set_mesh(mesh)
+    log.info(f"run {run}; {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+
+    # ---- model and optimizer, described but not built ----------------------------------------------------------------------------------------------
+    tokenizer = build.build_tokenizer(config)
+    model = build.build_model(config, build.neva_config(config, tokenizer.vocab_size), mesh)
+    optimizer, learning_rate = build.build_optimizer(config, model)
+    abstract_state = build.abstract_state(config, model, optimizer, mesh)
+    log.info(build.describe_parts(model))
+
+    # ---- data --------------------------------------------------------------------------------------------------------------------------------------
+    train, validation = build.build_data(config, tokenizer, model.config, mesh)
+    max_steps, size = build.num_steps(config, train), train.global_batch_size
+    log.info(build.describe_data(train, validation, max_steps))
+
+    # ---- state: 1. this run's newest checkpoint, 2. restore_from_path, 3. from_pretrained towers, 4. scratch (2-4: see build.start_weights) ----------
+    checkpoints = build.build_checkpoints(config, run)
+    first_step = build.resume_step(config, run, checkpoints)
+    if first_step is not None:
+        meta = checkpoints.meta(first_step)
+        compare_architecture(meta["architecture"], architecture(config))
+        if meta["global_batch_size"] != size:
+            raise UserError(f"model.global_batch_size was {meta['global_batch_size']} and is {size}: the data order would not continue; restore it")
+        state = checkpoints.restore(first_step, abstract_state)
+        targets = {path: model.target(path) for path in model.weights if path not in model.rows}
+        frozen, _ = hub.load_weights(targets, hub.open_base(run, model.config))
+        log.info(f"resumed at global_step={first_step}, consumed_samples={first_step * size}")
+    else:
+        first_step = 0
+        params, frozen, origin = build.start_weights(config, model)
+        record_base(run, frozen, origin)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+        state = jax.jit(functools.partial(init_state, optimizer=optimizer), out_shardings=shardings)(params)
+        del params, origin
+    if first_process:
+        (run / "config.json").write_text(json.dumps(to_json(config), indent=1))
+
+    # ---- the step ----------------------------------------------------------------------------------------------------------------------------------
+    train_step = jax.jit(
+        make_train_step(
+            model.graphdef, optimizer, clip=config.trainer.gradient_clip_val, num_shards=batch_shards(mesh), reduction=config.model.loss_reduction,
+            accumulate_dtype=build.ACCUMULATE[config.model.optim.grad_accum_dtype],
+        ),
+        donate_argnums=0, compiler_options=build.compiler_options(config, mesh),
+    )  # fmt: skip
+    eval_step = jax.jit(make_eval_step(model.graphdef))
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+
+    def validate() -> dict[str, float]:
+        batches = validation.batches(0, build.num_validation_batches(config, validation))
+        sums = [eval_step(state["params"], frozen, jax.tree.map(put, batch)) for batch in batches]
+        total, count = np.sum(jax.device_get(sums), axis=0)
+        return {"val_loss": float(total / max(count, 1))}
+
+    def save(step: int, metrics: dict[str, float]) -> None:
+        meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config), "config": to_json(config)}
+        checkpoints.save(step, state, meta, metrics)
+
+    # ---- the loop: the numbers of a step are read while the next one runs ----------------------------------------------------------------------------
+    metrics = Metrics(run if first_process else None, first_step=first_step, max_steps=max_steps, tensorboard=config.exp_manager.create_tensorboard_logger)
+    watch, clock = Watch(train.describe, max_bad_images=config.model.data.max_bad_images), Clock(first_step)
+    log_interval, validation_interval, save_interval = build.intervals(config, train)
+    batches, step, previous, stopping = train.batches(first_step, max_steps), first_step, None, False
+    while step < max_steps and not stopping:
+        batch = clock.next(batches)
+        if step == first_step:
+            metrics.picture("training_pictures", step, show.batch_sheet(batch, tokenizer))
+        lr = learning_rate(step)
+        state, values = train_step(state, frozen, jax.tree.map(put, batch), np.float32(lr), stop.array(mesh))
+        step += 1
+        clock.count(batch, build.batch_flops(model, batch))
+        if previous is not None:
+            stopping = watch.read(*previous)
+        previous = step, values
+        last, report = stopping or step == max_steps, {}
+        if last or step % log_interval == 0 or step % validation_interval == 0:
+            stopping |= watch.read(step, values)
+            report = {**watch.values, "lr": lr, "consumed_samples": step * size, **clock.rates(step, len(mesh.local_devices), peak)}
+            if validation is not None and not stopping and (last or step % validation_interval == 0):
+                report |= validate()
+                clock.start(step)
+            metrics.write(step, report)
+        metrics.advance()
+        if last or stopping or step % save_interval == 0:
+            save(step, report)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------------------------------------
+    checkpoints.close()
+    metrics.close()
+    stop.restore()
+    if stop.signal is not None and step < max_steps:
+        log.info(f"stopped by signal {stop.signal} at global_step={step}, saved; the same command continues")
+        raise SystemExit(128 + stop.signal)
+    if config.evaluation.questions and first_process:
+        examples = build.build_examples(config, tokenizer, model.config, config.evaluation.questions)
+        report |= show.evaluate(run, model.graphdef, state["params"] | frozen, examples, batch_size=config.evaluation.batch_size)
+    return report
+
+
+if __name__ == "__main__":
+    cli.run(main)
