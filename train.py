@@ -25,7 +25,7 @@ from neva_jax.training.step import init_state, make_eval_step, make_train_step
 from neva_jax.training.stop import StopRequest
 from neva_jax.training.watch import Watch
 
-log = logging.getLogger("train")
+log = logging.getLogger(__name__)
 
 
 def main(config) -> dict[str, float]:
@@ -118,7 +118,7 @@ def main(config) -> dict[str, float]:
                 clock.start(step)
             metrics.write(step, report)
         metrics.advance()
-        if last or stopping or step % save_interval == 0:
+        if save_interval and (last or stopping or step % save_interval == 0):
             save(step, report)
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------------------

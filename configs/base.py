@@ -180,7 +180,7 @@ def parallelism() -> dict:
         "fsdp_sharded_checkpoint": False,
         "fsdp_use_orig_params": False,
         "loss_reduction": "global_token_mean",  # ours; NeMo 1.x: microbatch_mean
-        "trainable": null(object),  # ours: rows (path pattern, learning-rate factor, weight decay or null); null: derived from the freeze fields
+        "trainable": null(object),  # ours: rows (pattern of paths, learning-rate factor, weight decay or null); null: as the freeze fields say
     }
 
 

@@ -46,7 +46,7 @@ from neva_jax.transforms.select import Row, Weight, describe, flatten, nest, tra
 log = logging.getLogger(__name__)
 
 ACCUMULATE = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-COMPUTE = {"32": "float32", "32-true": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
+COMPUTE = {"32": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
 
 
 # ---- where and on what -------------------------------------------------------------------------------------------------------------------------------
@@ -417,11 +417,12 @@ def num_steps(config: ConfigDict, train: Split) -> int:
 
 
 def intervals(config: ConfigDict, train: Split) -> tuple[int, int, int]:
-    """-> steps between log lines, validations, checkpoints. A float val_check_interval is a share of an epoch."""
+    """-> steps between log lines, validations, checkpoints (0: none). A float val_check_interval is a share of an epoch."""
     interval = config.trainer.val_check_interval
     if isinstance(interval, float):
         interval = max(1, int(interval * len(train.ids) / train.global_batch_size))
-    return config.trainer.log_every_n_steps, interval, config.exp_manager.checkpoint_callback_params.every_n_train_steps or interval
+    every = config.exp_manager.checkpoint_callback_params.every_n_train_steps or interval
+    return config.trainer.log_every_n_steps, interval, every if config.exp_manager.create_checkpoint_callback else 0
 
 
 def num_validation_batches(config: ConfigDict, validation: Split) -> int:
@@ -442,7 +443,7 @@ def batch_flops(model: Model, batch: dict) -> float:
 
 def build_checkpoints(config: ConfigDict, run: Path) -> Checkpoints:
     c = config.exp_manager.checkpoint_callback_params
-    return Checkpoints(c.dirpath or run / "checkpoints", monitor=c.monitor, mode=c.mode, save_top_k=c.save_top_k)
+    return Checkpoints(c.dirpath or run / "checkpoints", monitor=c.monitor, mode=c.mode, save_top_k=c.save_top_k, save_last=c.save_last)
 
 
 def resume_step(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> int | None:

@@ -47,7 +47,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers = [_PlainHandler()]  # absl and others put theirs there, and every line would come twice
     root.setLevel(logging.WARNING)
-    for name in ("neva_jax", "__main__"):
+    for name in ("neva_jax", "train", "__main__"):
         logging.getLogger(name).setLevel(level)
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from configs import base
+from neva_jax.data.conversation import TEMPLATES
 from neva_jax.errors import UserError
-from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, TEMPLATES, VISION
+from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, VISION
 
 log = logging.getLogger(__name__)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a sequence, such as '(1, 2)'", object: "a value"}
@@ -147,14 +148,14 @@ def suggest(path: str) -> str:
 # ---- checking ----------------------------------------------------------------------------------------------------------------------------------------
 
 
-def check(config: ConfigDict, templates: tuple[str, ...] = TEMPLATES) -> None:
+def check(config: ConfigDict) -> None:
     """Bring every field to its type, then raise a UserError for the first that cannot be done; at the end warn once for each that does nothing."""
     _check_fields(config)
     get, different = leaves(config), changed(config)
     for path, sentence in REFUSED.items():
         if path in different:
             raise UserError(f"{path} is {get[path]!r}, but {sentence}; set it to {schema()[path].default!r}")
-    for path, choices in {**CHOICES, "model.data.conv_template": templates}.items():
+    for path, choices in {**CHOICES, "model.data.conv_template": tuple(TEMPLATES)}.items():
         if get[path] not in choices:
             raise UserError(f"{path} is {get[path]!r}, expected one of {', '.join(map(str, choices))}{HINTS.get(path, '')}")
     for path, (holds, expected) in RULES.items():
@@ -204,6 +205,8 @@ def _check_together(get: dict) -> None:
         raise UserError(f"model.precision is {get['model.precision']!r} and trainer.precision {get['trainer.precision']!r}; set trainer.precision alone")
     if get["trainer.max_steps"] < 0 and get["trainer.max_epochs"] < 0:
         raise UserError("trainer.max_steps and trainer.max_epochs are both -1, so that training would never end; set one of them")
+    if get["trainer.max_steps"] < 0 and get[f"{SCHED}.max_steps"] is None:
+        raise UserError(f"trainer.max_steps is -1, so that the learning-rate schedule has no length; set {SCHED}.max_steps")
     if get["model.activations_checkpoint_granularity"] == "full" and get["model.activations_checkpoint_method"] is None:
         raise UserError("model.activations_checkpoint_granularity full needs model.activations_checkpoint_method uniform or block")
     for name in ("warmup", "constant", "hold"):

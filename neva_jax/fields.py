@@ -26,16 +26,15 @@ VISION_SHAPE = paths(
 ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what they mean: another value cannot resume a run
 
 HONOURED = (
-    {"name", "restore_from_path"}
+    {"name", "restore_from_path", "trainer.deterministic"}
     | paths("evaluation", "questions batch_size")
     | ARCHITECTURE
     | paths("trainer", "devices num_nodes precision max_epochs max_steps log_every_n_steps val_check_interval limit_val_batches gradient_clip_val")
-    | {"trainer.deterministic"}
     | paths("exp_manager", "explicit_log_dir exp_dir name version use_datetime_version create_tensorboard_logger create_checkpoint_callback")
-    | paths("exp_manager", "resume_if_exists resume_past_end resume_ignore_no_checkpoint resume_from_checkpoint")
+    | paths("exp_manager", "resume_if_exists resume_ignore_no_checkpoint")
     | paths(CHECKPOINTS, "dirpath monitor mode save_top_k save_last every_n_train_steps")
     | paths("model", "precision micro_batch_size global_batch_size tensor_model_parallel_size fsdp_parallel_size sequence_parallel loss_reduction trainable")
-    | paths("model", "restore_from_path resume_from_checkpoint seed encoder_seq_length max_position_embeddings init_method_std use_scaled_init_method")
+    | paths("model", "restore_from_path seed encoder_seq_length init_method_std use_scaled_init_method")
     | paths("model", "do_layer_norm_weight_decay fp32_residual_connection use_flash_attention activations_checkpoint_granularity")
     | paths("model", "activations_checkpoint_method activations_checkpoint_num_layers")
     | paths("model.mm_cfg", "llm.from_pretrained llm.freeze llm.model_type pretrain_mm_mlp_adapter allow_random_frozen")
@@ -44,7 +43,7 @@ HONOURED = (
     | paths("model.data", "data_path image_folder image_aspect_ratio conv_template dataloader_type num_workers validation on_bad_image max_bad_images")
     | paths("model.data", "buckets length_grouping cache_dir max_media")
     | paths("model.optim", "name lr weight_decay betas eps grad_accum_dtype")
-    | paths(SCHED, "name warmup_steps warmup_ratio constant_steps constant_ratio hold_steps hold_ratio min_lr max_steps power cycle decay_rate d_model")
+    | paths(SCHED, "name warmup_steps warmup_ratio constant_steps constant_ratio hold_steps hold_ratio min_lr max_steps power decay_rate d_model")
 )
 
 INERT_GROUPS = (  # (section, names, reason)
@@ -60,6 +59,7 @@ INERT_GROUPS = (  # (section, names, reason)
     ("exp_manager", "log_tflops_per_sec_per_gpu", "throughput is always in metrics.jsonl"),
     ("exp_manager.step_timing_kwargs", "reduction sync_cuda buffer_size", "step times are measured in one way"),
     ("exp_manager", "log_local_rank_0_only log_global_rank_0_only", "there are no log files per process; logs go to standard error"),
+    ("exp_manager", "resume_past_end", "a finished run that is started again only evaluates; raise trainer.max_steps to train on"),
     ("exp_manager", "disable_validation_on_resume", "a resumed run never begins with a validation"),
     ("exp_manager", "seconds_to_sleep", "nothing waits for other processes by sleeping"),
     ("exp_manager", "summary_writer_kwargs", "the TensorBoard writer takes no options"),
@@ -76,7 +76,7 @@ INERT_GROUPS = (  # (section, names, reason)
     ("exp_manager.ema", "decay validate_original_weights every_n_steps cpu_offload", "read only with ema.enable"),
     (CHECKPOINTS, "filename prefix postfix auto_insert_metric_name", "checkpoints are directories named by their step"),
     (CHECKPOINTS, "every_n_epochs save_on_train_epoch_end", "checkpoints follow validations, or every_n_train_steps"),
-    (CHECKPOINTS, "save_nemo_on_train_end", "convert_torch.py writes a .nemo from a run"),
+    (CHECKPOINTS, "save_nemo_on_train_end", "writing .nemo files is not in this version"),
     (CHECKPOINTS, "model_parallel_size", "checkpoints do not depend on the mesh"),
     (CHECKPOINTS, "verbose async_save", "checkpoints are always announced, and always written in the background"),
     ("model", "pipeline_round_size", "read only with pipeline_model_parallel_size"),
@@ -94,6 +94,7 @@ INERT_GROUPS = (  # (section, names, reason)
         "dist_ckpt_torch_dist_multiproc dist_ckpt_assume_constant_structure dist_ckpt_parallel_dist_opt",
         "checkpoints are written by Orbax",
     ),
+    ("model", "max_position_embeddings", "positions are rotary and have no table; encoder_seq_length says how long a record may be"),
     ("model", "num_micro_batches_with_partial_activation_checkpoints", "NeVA never read it"),
     ("model", "megatron_amp_O2", "masters of what trains are fp32 and frozen weights are stored in the compute dtype either way"),
     ("model", "native_amp_init_scale native_amp_growth_interval hysteresis", "read only with precision 16"),
@@ -126,7 +127,9 @@ LATER = "this version does not have it"
 REFUSED_GROUPS = (  # (section, names, sentence)
     ("trainer", "accumulate_grad_batches", "accumulation follows from global_batch_size / (micro_batch_size x data parallel size)"),
     ("trainer", "check_val_every_n_epoch", "validations are counted in steps; set trainer.val_check_interval"),
-    ("trainer", "resume_from_checkpoint", "a run is resumed from model.resume_from_checkpoint"),
+    ("trainer", "resume_from_checkpoint", "a run resumes from its own newest checkpoint; weights of another are taken by restore_from_path"),
+    ("exp_manager", "resume_from_checkpoint", "a run resumes from its own newest checkpoint; weights of another are taken by restore_from_path"),
+    ("model", "resume_from_checkpoint", "a run resumes from its own newest checkpoint; weights of another are taken by restore_from_path"),
     ("exp_manager", "create_wandb_logger create_mlflow_logger create_dllogger_logger", "metrics go to metrics.jsonl and TensorBoard only"),
     ("exp_manager", "create_clearml_logger create_neptune_logger", "metrics go to metrics.jsonl and TensorBoard only"),
     ("exp_manager", "create_early_stopping_callback ema.enable max_time_per_run", LATER),
@@ -134,7 +137,7 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     (CHECKPOINTS, "save_weights_only", "a checkpoint always holds the whole state, so that it can be resumed"),
     (CHECKPOINTS, "train_time_interval", "checkpoints are counted in steps; set every_n_train_steps"),
     (CHECKPOINTS, "save_best_model", "the best checkpoints are kept by save_top_k"),
-    (CHECKPOINTS, "always_save_nemo", "convert_torch.py writes a .nemo from a run"),
+    (CHECKPOINTS, "always_save_nemo", "writing .nemo files is not in this version"),
     ("model", "rampup_batch_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size", LATER),
     ("model", "fsdp", "sharding of weights and optimizer state is set by model.fsdp_parallel_size"),
     ("model", "num_moe_experts moe_router_topk moe_aux_loss_coeff moe_grouped_gemm moe_token_dispatcher_type", "models with experts are not in this version"),
@@ -161,6 +164,7 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     ("model.data", "compat", "the other ways of tokenising are not in this version"),
     ("model.energon", "use_energon", LATER),
     ("model.nsys_profile", "enabled", LATER),
+    (SCHED, "cycle", LATER),
     ("model.peft", "peft_scheme", LATER),
 )
 REFUSED = {path: sentence for section, names, sentence in REFUSED_GROUPS for path in paths(section, names)}
@@ -168,14 +172,17 @@ REFUSED = {path: sentence for section, names, sentence in REFUSED_GROUPS for pat
 FOLLOWERS = {"model.precision", "model.max_position_embeddings", "exp_manager.resume_from_checkpoint", f"{CHECKPOINTS}.model_parallel_size"} | paths(
     "model.data", "conv_template micro_batch_size global_batch_size"
 )
-NULLABLE = {"trainer.gradient_clip_val", "exp_manager.name", f"{CHECKPOINTS}.filename", f"{SCHED}.warmup_steps", f"{SCHED}.constant_steps"}
+NULLABLE = {
+    "trainer.gradient_clip_val",
+    "trainer.limit_val_batches",
+    "exp_manager.name",
+    f"{CHECKPOINTS}.filename",
+    f"{SCHED}.warmup_steps",
+    f"{SCHED}.constant_steps",
+}
 
-TEMPLATES = ("plain", "v1", "llama_2")
 PRECISIONS = ("bf16", "bf16-mixed", 32)
-OPTIMIZERS = (
-    "fused_adam distributed_fused_adam megatron_fused_adam mcore_distributed_optim adamw adam "
-    "sgd adadelta adamax adagrad rmsprop rprop novograd adafactor adan lamb"
-)
+OPTIMIZERS = "fused_adam adamw megatron_fused_adam distributed_fused_adam mcore_distributed_optim adam sgd"
 SCHEDULES = (
     "CosineAnnealing WarmupPolicy WarmupHoldPolicy WarmupAnnealing SquareAnnealing SquareRootAnnealing InverseSquareRootAnnealing T5InverseSquareRootAnnealing "
     "NoamAnnealing NoamHoldAnnealing PolynomialDecayAnnealing PolynomialHoldDecayAnnealing"
@@ -212,14 +219,14 @@ HINTS = {
 
 POSITIVE = (
     paths("trainer", "num_nodes log_every_n_steps")
-    | paths("model", "micro_batch_size global_batch_size tensor_model_parallel_size fsdp_parallel_size encoder_seq_length max_position_embeddings num_layers")
+    | paths("model", "micro_batch_size global_batch_size tensor_model_parallel_size fsdp_parallel_size encoder_seq_length num_layers")
     | paths("model", "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels init_method_std layernorm_epsilon")
     | paths("model", "make_vocab_size_divisible_by override_vocab_size rotary_base seq_len_interpolation_factor activations_checkpoint_num_layers")
     | paths("model", "rope_scaling_factor rope_low_freq_factor rope_high_freq_factor rope_original_max_position_embeddings")
     | paths(VISION, "patch_dim hidden_size num_layers num_attention_heads ffn_hidden_size layernorm_epsilon")
     | paths("model.data", "max_media max_bad_images")
     | paths(SCHED, "max_steps d_model")
-    | {f"{CHECKPOINTS}.every_n_train_steps", "model.optim.eps"}
+    | {f"{CHECKPOINTS}.every_n_train_steps", "model.optim.eps", "evaluation.batch_size"}
 )
 NOT_NEGATIVE = (
     paths("model.optim", "lr weight_decay")

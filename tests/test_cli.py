@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from absl import flags
 
+from configs import base
 from neva_jax import cli
-from neva_jax.config import to_json
+from neva_jax.config import assign, changed, to_json
 from neva_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,3 +205,68 @@ def test_errors_of_main_are_one_line(capsys):
         raise UserError("the file\n  is not there")
 
     assert one_line(capsys, "--config", PRETRAIN, main=main) == "error: the file is not there\n"
+
+
+# ---- setting one field, from a command line, a YAML file or a JSON file ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "result"),
+    [
+        ("model.num_query_groups", "8", 8),
+        ("model.num_query_groups", "null", None),
+        ("model.restore_from_path", "", None),
+        ("model.restore_from_path", "None", None),
+        ("model.data.cache_dir", "/a b", "/a b"),
+        ("exp_manager.version", 3, "3"),
+        ("model.optim.lr", "1e-4", 1e-4),
+        ("model.optim.lr", 1, 1.0),
+        ("model.bias", "True", True),
+        ("model.bias", "false", False),
+        ("model.optim.betas", "(0.9, 0.99)", (0.9, 0.99)),
+        ("model.optim.betas", [0.9, 0.99], (0.9, 0.99)),
+        ("model.peft.lora_tuning.target_modules", "attention_qkv,mlp_fc1", ("attention_qkv", "mlp_fc1")),
+        ("model.peft.lora_tuning.target_modules", "all", ("all",)),
+        ("model.peft.lora_tuning.layer_selection", "12", (12,)),
+        ("trainer.precision", "32", 32),
+        ("trainer.precision", "bf16", "bf16"),
+        ("trainer.val_check_interval", "0.25", 0.25),
+        ("model.data.data_path", "data/chat.json", "data/chat.json"),
+        ("model.data.data_path", ["a.json", "b.json"], ("a.json", "b.json")),
+    ],
+)
+def test_text_becomes_the_type_of_the_field(path, value, result):
+    config = base.get_config()
+    assign(config, path, value)
+    assert config[path] == result and type(config[path]) is type(result)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("model.num_layers", "1.5", "expected a whole number"),
+        ("model.num_layers", 2.0, "expected a whole number"),
+        ("model.num_layers", True, "expected a whole number"),
+        ("model.num_layers", None, "expected a whole number"),
+        ("model.num_query_groups", "many", "expected a whole number or null"),
+        ("model.optim.lr", "fast", "expected a number"),
+        ("model.optim.lr", "nan", "expected a number"),
+        ("model.bias", "maybe", "expected true or false"),
+        ("trainer.devices", "null", "expected a value; its default is 1"),
+        ("model.optim.name", None, "expected a text"),
+        ("model.optim", "fused_adam", "expected a dictionary of its fields"),
+        ("model.optim", {"lrr": 1}, "model.optim.lrr is not a field of the config; did you mean model.optim.lr"),
+        ("model.lr", 1, "did you mean model.optim.lr?"),
+        ("colour", 1, "configs/base.py"),
+    ],
+)
+def test_wrong_types_are_refused(path, value, words):
+    with pytest.raises(UserError) as error:
+        assign(base.get_config(), path, value)
+    assert words in str(error.value)
+
+
+def test_a_dictionary_changes_only_the_fields_it_names():
+    config = base.get_config()
+    assign(config, "model.optim", {"lr": "1e-4", "sched": {"warmup_steps": 7}})
+    assert changed(config) == {"model.optim.lr": 1e-4, "model.optim.sched.warmup_steps": 7}

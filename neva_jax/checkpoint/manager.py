@@ -28,11 +28,11 @@ def with_leaves(tree, leaves: dict):
 
 
 class Checkpoints:
-    """directory: of the steps. monitor: a metric's name; mode: "min" or "max"; save_top_k: how many of the best stay (-1: all)."""
+    """directory: of the steps. monitor: a metric's name; mode: "min" or "max"; save_top_k: how many of the best stay (-1: all); save_last: the newest too."""
 
-    def __init__(self, directory: str | Path, *, monitor: str = "val_loss", mode: str = "min", save_top_k: int = 1):
+    def __init__(self, directory: str | Path, *, monitor: str = "val_loss", mode: str = "min", save_top_k: int = 1, save_last: bool = True):
         best = keep.BestN(get_metric_fn=lambda metrics: metrics[monitor], reverse=mode == "min", n=max(save_top_k, 0), keep_checkpoints_without_metrics=False)
-        policy = keep.PreserveAll() if save_top_k < 0 else keep.AnyPreservationPolicy([keep.LatestN(1), best])
+        policy = keep.PreserveAll() if save_top_k < 0 else keep.AnyPreservationPolicy([keep.LatestN(1), best] if save_last else [best])
         self.directory, self.monitor = Path(directory).absolute(), monitor
         self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
 
