@@ -39,6 +39,9 @@ def run(main: Callable, define_flags: Callable | None = None, argv: list[str] | 
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 

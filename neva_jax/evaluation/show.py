@@ -14,22 +14,30 @@ from neva_jax.evaluation.sheet import BLACK, GREEN, GREY, RED, sheet
 log = logging.getLogger(__name__)
 
 
-def token_runs(tokens: np.ndarray, labels: np.ndarray, media_index: np.ndarray, tokenizer) -> list[tuple[str, str]]:
-    """One row's text as [(text, kind)], kind: "text", "supervised" or "media". A token is supervised if it is the target of the one before it."""
-    supervised = np.concatenate([[False], labels[:-1] >= 0])
+def token_runs(tokens: np.ndarray, supervised: np.ndarray, media_index: np.ndarray, tokenizer) -> list[tuple[str, str]]:
+    """One row's text as [(text, kind)], kind: "text", "supervised" or "media". supervised: bool[T], whether the token is a target."""
     kinds = np.where(media_index >= 0, "media", np.where(supervised, "supervised", "text"))
     starts = np.flatnonzero(np.concatenate([[True], kinds[1:] != kinds[:-1]]))
     runs = []
     for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
         kind = str(kinds[begin])
-        runs.append((f"[{end - begin} media vectors]" if kind == "media" else _decode(tokens[:end], begin, tokenizer), kind))
+        runs.append((f"[{end - begin} media vectors]" if kind == "media" else _words_of(tokens[begin:end], tokenizer), kind))
     return runs
 
 
-def _decode(tokens: np.ndarray, begin: int, tokenizer) -> str:
-    """tokens[begin:] as they read behind what stands before them (a decoder drops a leading space otherwise)."""
-    before = tokenizer.decode(tokens[max(0, begin - 1) : begin])
-    return tokenizer.decode(tokens[max(0, begin - 1) :])[len(before) :]
+def _words_of(tokens: np.ndarray, tokenizer) -> str:
+    """tokens as they read in the middle of a text, with <s> and </s> visible."""
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    anchor = tokenizer.encode("a", start=False)[0]  # a decoder drops the space that opens a text
+    words, run = "", []
+    for token in [*tokens.tolist(), None]:
+        if token is not None and token not in names:
+            run.append(token)
+            continue
+        words += tokenizer.decode([*anchor, *run])[1:] if run else ""
+        words += names.get(token, "")
+        run = []
+    return words
 
 
 def batch_sheet(batch: dict[str, np.ndarray], tokenizer, count: int = 8) -> np.ndarray:
@@ -38,7 +46,8 @@ def batch_sheet(batch: dict[str, np.ndarray], tokenizer, count: int = 8) -> np.n
     cells = []
     for i in range(min(count, batch["tokens"].shape[1])):
         n = int((batch["segment_ids"][0, i] != 0).sum())
-        runs = token_runs(batch["tokens"][0, i, :n], batch["labels"][0, i, :n], batch["media_index"][0, i, :n], tokenizer)
+        supervised = np.concatenate([[False], batch["labels"][0, i, : n - 1] >= 0])  # a token is a target if the one before it has a label
+        runs = token_runs(batch["tokens"][0, i, :n], supervised, batch["media_index"][0, i, :n], tokenizer)
         cells.append((list(batch["media"][0, i]), [(text + " ", colours[kind]) for text, kind in runs]))
     return sheet(cells)
 
