@@ -11,16 +11,20 @@ import logging
 import jax
 import numpy as np
 
-from neva_jax import build, cli, hub
+from neva_jax import cli, hub
+from neva_jax.build import data as build_data
+from neva_jax.build import model as build_model
+from neva_jax.build import run as build_run
+from neva_jax.build.weights import start_weights
 from neva_jax.checkpoint.base import record_base
-from neva_jax.checkpoint.manager import Checkpoints
 from neva_jax.config import architecture, compare_architecture, to_json
 from neva_jax.errors import UserError
 from neva_jax.evaluation import show
+from neva_jax.inference.generate import greedy
 from neva_jax.parallel.devices import peak_flops
 from neva_jax.parallel.mesh import batch_shards
 from neva_jax.parallel.sharding import batch_sharding
-from neva_jax.training.metrics import Clock, Metrics
+from neva_jax.training.metrics import Clock, Metrics, Work
 from neva_jax.training.step import init_state, make_eval_step, make_train_step
 from neva_jax.training.stop import StopRequest
 from neva_jax.training.watch import Watch
@@ -32,26 +36,26 @@ def main(config) -> dict[str, float]:
     """Runs a config to its end, or to a stop request -> the last metrics; exits with 128 + the signal's number after one."""
     # ---- where: directory, devices ---------------------------------------------------------------------------------------------------------------
     stop = StopRequest()
-    run, mesh = build.log_dir(config), build.build_mesh(config)
+    run, mesh = build_run.log_dir(config), build_run.build_mesh(config)
     first_process = jax.process_index() == 0
     jax.set_mesh(mesh)
     log.info(f"run {run}; {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # ---- model and optimizer, described but not built ----------------------------------------------------------------------------------------------
-    tokenizer = build.build_tokenizer(config)
-    model = build.build_model(config, build.neva_config(config, tokenizer.vocab_size), mesh)
-    optimizer, learning_rate = build.build_optimizer(config, model)
-    abstract_state = build.abstract_state(config, model, optimizer, mesh)
-    log.info(build.describe_parts(model))
+    tokenizer = build_data.build_tokenizer(config)
+    model = build_model.build_model(config, build_model.neva_config(config, tokenizer.vocab_size), mesh)
+    optimizer, learning_rate = build_run.build_optimizer(config, model)
+    abstract_state = build_run.abstract_state(config, model, optimizer, mesh)
+    log.info(build_model.describe_parts(model))
 
     # ---- data --------------------------------------------------------------------------------------------------------------------------------------
-    train, validation = build.build_data(config, tokenizer, model.config, mesh)
-    max_steps, size = build.num_steps(config, train), train.global_batch_size
-    log.info(build.describe_data(train, validation, max_steps))
+    train, validation = build_data.build_data(config, tokenizer, model.config, mesh)
+    max_steps, size = build_data.num_steps(config, train), train.global_batch_size
+    log.info(build_data.describe_data(train, validation, max_steps))
 
-    # ---- state: 1. this run's newest checkpoint, 2. restore_from_path, 3. from_pretrained towers, 4. scratch (2-4: see build.start_weights) ----------
-    checkpoints = build.build_checkpoints(config, run)
-    first_step = build.resume_step(config, run, checkpoints)
+    # ---- state: 1. this run's newest checkpoint, 2. restore_from_path, 3. from_pretrained towers, 4. scratch (2-4: see build/weights.py) ----------
+    checkpoints = build_run.build_checkpoints(config, run)
+    first_step = build_run.resume_step(config, run, checkpoints)
     if first_step is not None:
         meta = checkpoints.meta(first_step)
         compare_architecture(meta["architecture"], architecture(config))
@@ -63,7 +67,7 @@ def main(config) -> dict[str, float]:
         log.info(f"resumed at global_step={first_step}, consumed_samples={first_step * size}")
     else:
         first_step = 0
-        params, frozen, origin = build.start_weights(config, model)
+        params, frozen, origin = start_weights(config, model)
         record_base(run, frozen, origin)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
         state = jax.jit(functools.partial(init_state, optimizer=optimizer), out_shardings=shardings)(params)
@@ -75,51 +79,54 @@ def main(config) -> dict[str, float]:
     train_step = jax.jit(
         make_train_step(
             model.graphdef, optimizer, clip=config.trainer.gradient_clip_val, num_shards=batch_shards(mesh), reduction=config.model.loss_reduction,
-            accumulate_dtype=build.ACCUMULATE[config.model.optim.grad_accum_dtype],
+            accumulate_dtype=build_run.ACCUMULATE[config.model.optim.grad_accum_dtype],
         ),
-        donate_argnums=0, compiler_options=build.compiler_options(config, mesh),
+        donate_argnums=0, compiler_options=build_run.compiler_options(config, mesh),
     )  # fmt: skip
     eval_step = jax.jit(make_eval_step(model.graphdef))
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
 
     def validate() -> dict[str, float]:
-        batches = validation.batches(0, build.num_validation_batches(config, validation))
+        batches = validation.batches(0, build_data.num_validation_batches(config, validation))
         sums = [eval_step(state["params"], frozen, jax.tree.map(put, batch)) for batch in batches]
         total, count = np.sum(jax.device_get(sums), axis=0)
+        clock.start(step)  # the time of a validation is not a step's
         return {"val_loss": float(total / max(count, 1))}
 
-    def save(step: int, metrics: dict[str, float]) -> None:
-        meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config), "config": to_json(config)}
-        checkpoints.save(step, state, meta, metrics)
-
-    # ---- the loop: the numbers of a step are read while the next one runs ----------------------------------------------------------------------------
+    # ---- the loop: a step's numbers are read and logged while the next one runs ----------------------------------------------------------------------
     metrics = Metrics(run if first_process else None, first_step=first_step, max_steps=max_steps, tensorboard=config.exp_manager.create_tensorboard_logger)
     watch, clock = Watch(train.describe, max_bad_images=config.model.data.max_bad_images), Clock(first_step)
-    log_interval, validation_interval, save_interval = build.intervals(config, train)
-    batches, step, previous, stopping = train.batches(first_step, max_steps), first_step, None, False
-    while step < max_steps and not stopping:
-        batch = clock.next(batches)
+    log_interval, validation_interval, save_interval = build_run.intervals(config, train)
+
+    def finish(step: int, values: dict, lr: float, work: Work, extra=dict) -> dict[str, float]:
+        """Takes in the numbers of a step that is done -> its report, written if due or if there is something extra to say."""
+        watch.read(step, values)
+        clock.add(work)
+        if step % log_interval and extra is dict:
+            return {}
+        report = {**watch.values, "lr": lr, "consumed_samples": step * size, **clock.rates(step, len(mesh.local_devices), peak), **extra()}
+        metrics.write(step, report)
+        return report
+
+    batches, step, previous, report = train.batches(first_step, max_steps), first_step, None, {}
+    while step < max_steps and not watch.stopping:
+        batch, lr = clock.next(batches), learning_rate(step)
         if step == first_step:
             metrics.picture("training_pictures", step, show.batch_sheet(batch, tokenizer))
-        lr = learning_rate(step)
         state, values = train_step(state, frozen, jax.tree.map(put, batch), np.float32(lr), stop.array(mesh))
         step += 1
-        clock.count(batch, build.batch_flops(model, batch))
         if previous is not None:
-            stopping = watch.read(*previous)
-        previous = step, values
-        last, report = stopping or step == max_steps, {}
-        if last or step % log_interval == 0 or step % validation_interval == 0:
-            stopping |= watch.read(step, values)
-            report = {**watch.values, "lr": lr, "consumed_samples": step * size, **clock.rates(step, len(mesh.local_devices), peak)}
-            if validation is not None and not stopping and (last or step % validation_interval == 0):
-                report |= validate()
-                clock.start(step)
-            metrics.write(step, report)
+            finish(*previous)
+        previous = step, values, lr, Work.of(batch, build_model.batch_flops(model, batch))
+        validating = step % validation_interval == 0 or step == max_steps
+        if validating or watch.stopping or (save_interval and step % save_interval == 0):
+            report = finish(*previous, extra=validate if validating and validation is not None else lambda: {})
+            previous = None
+            if save_interval:
+                meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config)}
+                checkpoints.save(step, state, meta, report)
         metrics.advance()
-        if save_interval and (last or stopping or step % save_interval == 0):
-            save(step, report)
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------------------
     checkpoints.close()
@@ -128,9 +135,10 @@ def main(config) -> dict[str, float]:
     if stop.signal is not None and step < max_steps:
         log.info(f"stopped by signal {stop.signal} at global_step={step}, saved; the same command continues")
         raise SystemExit(128 + stop.signal)
-    if config.evaluation.questions and first_process:
-        examples = build.build_examples(config, tokenizer, model.config, config.evaluation.questions)
-        report |= show.evaluate(run, model.graphdef, state["params"] | frozen, examples, batch_size=config.evaluation.batch_size)
+    if config.evaluation.questions:
+        examples = build_data.build_examples(config, tokenizer, model.config, config.evaluation.questions)
+        generate = functools.partial(greedy, model.graphdef, state["params"] | frozen)
+        report |= show.evaluate(run if first_process else None, generate, examples, batch_size=config.evaluation.batch_size)
     return report
 
 

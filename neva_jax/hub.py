@@ -10,17 +10,27 @@ import numpy as np
 
 from neva_jax.checkpoint.base import SavedTree, read_base
 from neva_jax.convert import hf
+from neva_jax.convert.keymap import some
 from neva_jax.convert.weights import headers_digest
 from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
 
 
-class HuggingFaceSource:
-    """Weights of a Hugging Face directory, read tensor by tensor through the key map. parts: what to take of it, e.g. ("llm",)."""
+PARTS = ("llm", "vision_encoder", "projector")
 
-    def __init__(self, directory: Path, config: NevaConfig, parts: tuple[str, ...] = ("llm", "vision_encoder", "projector")):
+
+class HuggingFaceSource:
+    """Weights of a Hugging Face directory, read tensor by tensor through the key map. parts: what to take of it, e.g. ("llm",).
+
+    Names that belong to no part are kept, for `load` to complain of: weights that nobody recognises are not dropped in silence.
+    """
+
+    def __init__(self, directory: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS):
         self.directory = Path(directory)
-        self.tensors = {name: t for name, t in hf.open_tensors(directory).items() if name.split(".")[0] in parts}
+        skipped = set(PARTS) - set(parts)
+        self.tensors = {name: t for name, t in hf.open_tensors(directory).items() if name.split(".")[0] not in skipped}
+        if config.llm.tied:
+            self.tensors.pop("llm.lm_head.weight", None)  # some files repeat the table; transformers reads past it as well
         self.key_map = hf.key_map(config, self.tensors)
         present = {name.split(".")[0] for name in self.tensors}
         self.paths = [path for path in self.key_map.rules if path.split("/")[0] in present]
@@ -32,9 +42,9 @@ class HuggingFaceSource:
         return dict.fromkeys(self.paths)
 
     def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        wanted_parts = {path.split("/")[0] for path in targets}
-        tensors = {name: t for name, t in self.tensors.items() if name.split(".")[0] in wanted_parts}
-        paths = [path for path in self.paths if path.split("/")[0] in wanted_parts]
+        unwanted = set(PARTS) - {path.split("/")[0] for path in targets}
+        tensors = {name: t for name, t in self.tensors.items() if name.split(".")[0] not in unwanted}
+        paths = [path for path in self.paths if path.split("/")[0] not in unwanted]
         self.key_map.check(tensors, paths, str(self.directory))
         return {path: self._load(path, target) for path, target in targets.items()}
 
@@ -47,7 +57,7 @@ def is_run(path: Path) -> bool:
     return (path / "config.json").exists() and (path / "checkpoints").is_dir()
 
 
-def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = ("llm", "vision_encoder", "projector")) -> list:
+def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS) -> list:
     """Sources for a path that `field` of the config names."""
     path = Path(path)
     if not path.is_dir():
@@ -55,7 +65,10 @@ def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[
     if is_run(path):
         return open_run(path, config)
     if (path / "config.json").exists():
-        return [HuggingFaceSource(path, config, parts)]
+        source = HuggingFaceSource(path, config, parts)
+        if not source.paths:
+            raise UserError(f"{field}: {path} holds no weights of {' or '.join(parts)}; found {some(sorted(hf.open_tensors(path)))}")
+        return [source]
     raise UserError(f"{field}: {path} is neither a run (config.json and checkpoints/) nor a Hugging Face model directory (config.json and *.safetensors)")
 
 

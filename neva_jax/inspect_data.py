@@ -9,7 +9,9 @@ import sys
 
 from absl import flags
 
-from neva_jax import build, cli
+from neva_jax import cli
+from neva_jax.build.data import build_examples, build_tokenizer
+from neva_jax.build.model import neva_config
 from neva_jax.data.tokenize import shift
 from neva_jax.errors import UserError
 from neva_jax.evaluation.show import token_runs
@@ -19,8 +21,8 @@ COLOURS = {"text": "", "supervised": "\033[32;1m", "media": "\033[90m"}
 
 def records(config, count: int) -> list[dict]:
     """The first `count` records, in file order, unpadded: what `--json` prints under `records`."""
-    tokenizer = build.build_tokenizer(config)
-    examples = build.build_examples(config, tokenizer, build.neva_config(config, tokenizer.vocab_size), config.model.data.data_path)
+    tokenizer = build_tokenizer(config)
+    examples = build_examples(config, tokenizer, neva_config(config, tokenizer.vocab_size), config.model.data.data_path)
     return [_record(examples, index) for index in range(min(count, len(examples)))]
 
 

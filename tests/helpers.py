@@ -4,12 +4,13 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from neva_jax.convert import hf
 from neva_jax.models.multimodal import NevaConfig
+from neva_jax.transforms.select import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("NEVA_GOLDEN_DIR", ROOT.parent / "shared" / "golden"))
@@ -34,15 +35,28 @@ def randomise(model, seed: int = 0):
     return model.eval()
 
 
-def fill(module: nnx.Module, tensors: dict, key_map, prefix: str, where: str = "test"):
-    """Read every weight of one part of a model ("llm", "vision_encoder", "projector", "" for all) through the key map."""
-    state = nnx.state(module)
-    flat = {"/".join(map(str, (prefix, *path) if prefix else path)): variable for path, variable in nnx.to_flat_state(state)}
-    key_map.check(tensors, {path: v.shape for path, v in flat.items()}, where) if not prefix else None
-    for path, variable in flat.items():
-        variable[...] = np.asarray(key_map.read(tensors, path, variable.shape, where), np.float32)
-    nnx.update(module, state)
-    return module
+class Array:
+    """An array where a lazy tensor of a file is expected."""
+
+    def __init__(self, array):
+        self.array, self.shape = np.asarray(array), tuple(array.shape)
+
+    def read(self):
+        return self.array
+
+
+def read_weights(make, tensors: dict, key_map, prefix: str = ""):
+    """make() -> module, described and never run; its weights come from `tensors` through the key map -> graphdef, {path: float32 array}.
+
+    prefix: what the module is of a whole model: "llm/", "vision_encoder/", "projector/", or "" for all of it.
+    """
+    graphdef, weights = describe(make)
+    return graphdef, {path: np.asarray(key_map.read(tensors, prefix + path, w.shape, "test"), np.float32) for path, w in weights.items()}
+
+
+def jit(function, **options):
+    """jax.jit that compiles tiny models in a fifth of the time: on the CPU it is compiling that takes long, not running."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}, **options)
 
 
 def neva_config(directory, projector: str = "mlp2x_gelu", *, padded: int | None = None, **changes) -> NevaConfig:

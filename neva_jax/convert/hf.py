@@ -13,7 +13,7 @@ from neva_jax.convert.weights import Tensor, open_safetensors
 from neva_jax.errors import UserError
 from neva_jax.layers.mlp import ACTIVATIONS
 from neva_jax.layers.rope import Rope
-from neva_jax.models.clip import ClipVisionConfig
+from neva_jax.models.clip import HIDDEN_ACTS, ClipVisionConfig
 from neva_jax.models.llama import LlamaConfig
 from neva_jax.models.projector import linear_names
 
@@ -21,8 +21,9 @@ PREFIXES = (  # (pattern, canonical), the first that matches the start of a name
     (r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?", "vision_encoder."),
     (r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision_encoder."),
     (r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.", "projector."),
+    (r"(?:model\.)?(?=image_newline$)", "projector."),
     (r"(?:language_model\.)?(?=lm_head\.)", "llm."),
-    (r"(?:language_model\.model\.|model\.language_model\.|model\.)(?=embed_tokens\.|layers\.|norm\.)", "llm."),
+    (r"(?:model\.)?(?:language_model\.)?(?:model\.)?(?=embed_tokens\.|layers\.|norm\.)", "llm."),
 )
 IGNORED = re.compile(r"(position_ids|rotary_emb\.inv_freq|^logit_scale|^text_model\..*|^(text|visual)_projection\.weight)$")
 
@@ -39,8 +40,13 @@ def canonical(name: str) -> str | None:
 
 def open_tensors(directory: str | Path) -> dict[str, Tensor]:
     """{canonical name: Tensor} of a Hugging Face directory."""
-    named = ((canonical(name), tensor) for name, tensor in open_safetensors(directory).items())
-    return {name: tensor for name, tensor in named if name}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in open_safetensors(directory).items():
+        if known := canonical(name):
+            if known in tensors:
+                raise UserError(f"{directory}: {tensors[known].name} and {name} are two spellings of one weight; remove the stale one")
+            tensors[known] = tensor
+    return tensors
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------------------------------
@@ -106,9 +112,23 @@ def key_map(model_config, names=()) -> KeyMap:
 
 # ---- config.json -----------------------------------------------------------------------------------------------------------------------------------
 
+MISTRAL_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8}  # where transformers' differ from Llama's
+LLM_ACTS = {"silu": "fast-swiglu", "swish": "fast-swiglu", "gelu": "fast-geglu", "relu": "fast-reglu"}  # hidden_act, gated -> NeMo's name
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+LLAVA_VISION = {  # transformers' LlavaConfig without a vision_config: CLIP ViT-L/14 at 336 pixels
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+
 
 def read_config(directory: str | Path) -> dict:
-    """config.json of a Hugging Face directory, split as {"text": ..., "vision": ..., "top": ...}; absent parts are None."""
+    """config.json of a Hugging Face directory, split as {"text": ..., "vision": ..., "top": ...}; absent parts are None.
+
+    An original LLaVA writes the language model's keys at the top and keeps its tower elsewhere.
+    """
     path = Path(directory) / "config.json"
     if not path.exists():
         raise UserError(f"{directory}: no config.json here; expected a Hugging Face model directory")
@@ -116,10 +136,12 @@ def read_config(directory: str | Path) -> dict:
         top = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    kind = top.get("model_type")
-    if kind in ("clip_vision_model", "clip"):
-        return {"top": top, "text": None, "vision": top.get("vision_config", top)}
-    return {"top": top, "text": top.get("text_config", top), "vision": top.get("vision_config")}
+    if not isinstance(top, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(top).__name__}")
+    text, vision = top.get("text_config"), top.get("vision_config")
+    if top.get("model_type") in ("clip_vision_model", "clip"):
+        return {"top": top, "text": None, "vision": vision or top}
+    return {"top": top, "text": text or top, "vision": vision or (LLAVA_VISION if text else None)}
 
 
 def vision_fields(vision: dict) -> dict:
@@ -127,6 +149,8 @@ def vision_fields(vision: dict) -> dict:
     if vision.get("model_type", "clip_vision_model") not in ("clip_vision_model", "clip"):
         raise UserError(f"vision tower of type {vision['model_type']!r}; this version reads clip_vision_model")
     get = vision.get
+    if get("hidden_act", "quick_gelu") not in HIDDEN_ACTS:
+        raise UserError(f"vision tower with hidden_act {vision['hidden_act']!r}; this version computes {', '.join(HIDDEN_ACTS)}")
     return {
         "hidden_size": get("hidden_size", 768), "ffn_hidden_size": get("intermediate_size", 3072), "num_layers": get("num_hidden_layers", 12),
         "num_attention_heads": get("num_attention_heads", 12), "image_size": get("image_size", 224), "patch_size": get("patch_size", 32),
@@ -136,9 +160,12 @@ def vision_fields(vision: dict) -> dict:
 
 def text_fields(text: dict) -> dict:
     """A Llama or Mistral config in LlamaConfig's words; transformers 5 nests what 4 had as rope_theta and rope_scaling."""
-    if text.get("model_type", "llama") not in ("llama", "llava", "llava_llama", "mistral"):
-        raise UserError(f"language model of type {text['model_type']!r}; this version reads llama and mistral")
-    get = text.get
+    kind = text.get("model_type", "llama")
+    if kind not in ("llama", "llava", "llava_llama", "mistral", "llava_mistral"):
+        raise UserError(f"language model of type {kind!r}; this version reads llama and mistral")
+    get = ((MISTRAL_DEFAULTS if "mistral" in kind else {}) | text).get
+    if get("hidden_act", "silu") not in LLM_ACTS:
+        raise UserError(f"language model with hidden_act {get('hidden_act')!r}; this version computes {', '.join(LLM_ACTS)}")
     if get("attention_bias", False) != get("mlp_bias", False):
         raise UserError(f"attention_bias {get('attention_bias')} with mlp_bias {get('mlp_bias')}: this version has biases on all projections or on none")
     hidden, heads = get("hidden_size", 4096), get("num_attention_heads", 32)
@@ -147,7 +174,7 @@ def text_fields(text: dict) -> dict:
         "vocab_size": get("vocab_size", 32000), "num_layers": get("num_hidden_layers", 32), "hidden_size": hidden,
         "ffn_hidden_size": get("intermediate_size", 11008), "num_attention_heads": heads, "num_query_groups": get("num_key_value_heads") or heads,
         "head_dim": head_dim, "rope": rope_of(text, head_dim), "layernorm_epsilon": get("rms_norm_eps", 1e-6),
-        "bias": get("attention_bias", False), "tied": bool(get("tie_word_embeddings", False)),
+        "activation": LLM_ACTS[get("hidden_act", "silu")], "bias": get("attention_bias", False), "tied": bool(get("tie_word_embeddings", False)),
     }  # fmt: skip
 
 
@@ -155,11 +182,9 @@ def rope_of(text: dict, head_dim: int) -> Rope:
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     base = scaling.get("rope_theta") or text.get("rope_theta") or 10000.0
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "linear":
-        return Rope(head_dim, base, interpolation=scaling["factor"])
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return Rope(head_dim, base, llama3=tuple(scaling[name] for name in names))
-    if kind != "default":
-        raise UserError(f"rope_scaling of type {kind!r}; this version computes default, linear and llama3")
-    return Rope(head_dim, base)
+    if kind not in ROPE_FIELDS:
+        raise UserError(f"rope_scaling of type {kind!r}; this version computes {', '.join(ROPE_FIELDS)}")
+    if missing := [name for name in ROPE_FIELDS[kind] if name not in scaling]:
+        raise UserError(f"rope_scaling of type {kind!r} without {' and '.join(missing)}; the config.json is not whole")
+    numbers = tuple(scaling[name] for name in ROPE_FIELDS[kind])
+    return Rope(head_dim, base, interpolation=numbers[0] if kind == "linear" else 1.0, llama3=numbers if kind == "llama3" else None)

@@ -27,7 +27,7 @@ TRANSPOSE = Op(lambda x: x.T, lambda x: x.T)  # torch Linear [out, in] <-> kerne
 def patch_conv(patch_size: int) -> Op:
     """torch Conv2d [out, 3, p, p] of stride p <-> kernel [p * p * 3, out] over patches flattened as rows, columns, channels."""
     p = patch_size
-    return Op(lambda x: x.transpose(2, 3, 1, 0).reshape(p * p * 3, -1), lambda x: x.reshape(p, p, 3, -1).transpose(3, 2, 0, 1))
+    return Op(lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), lambda x: x.reshape(p, p, 3, -1).transpose(3, 2, 0, 1))
 
 
 def pad_rows(rows: int, padded: int) -> Op:
@@ -65,18 +65,21 @@ class KeyMap:
         known = {name for path in self.rules for name in self.their_names(path)}
         missing, unknown = sorted(wanted - set(theirs)), sorted(set(theirs) - known)
         if missing or unknown:
-            parts = [f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []
-            parts += [f"{len(unknown)} are not part of such a model ({_some(unknown)})"] if unknown else []
+            parts = [f"{len(missing)} tensors are missing ({some(missing)})"] if missing else []
+            parts += [f"{len(unknown)} are not part of such a model ({some(unknown)})"] if unknown else []
             raise UserError(f"{where}: {' and '.join(parts)}; the config's layer counts, biases, tying or projector type disagree with the weights")
 
     def read(self, theirs: dict, ours: str, shape: tuple[int, ...], where: str) -> np.ndarray:
         """The array of one path of ours, in their dtype. shape: what the model expects."""
         rule = self.rules[ours]
-        tensors = [rule.op.forward(theirs[name].read()) for name in self.their_names(ours)]
-        array = np.stack(tensors) if "{i}" in rule.theirs else tensors[0]
-        if array.shape != tuple(shape):
-            raise UserError(f"{where}: {rule.theirs} gives {ours} the shape {list(array.shape)}, the model expects {list(shape)}; the config disagrees")
-        return array
+        stacked = "{i}" in rule.theirs
+        wanted, parts = tuple(shape)[stacked:], []
+        for name in self.their_names(ours):
+            part = rule.op.forward(theirs[name].read())
+            if part.shape != wanted:
+                raise UserError(f"{where}: {name} {list(theirs[name].shape)} gives {ours} the shape {list(part.shape)}, the config makes it {list(wanted)}")
+            parts.append(part)
+        return np.stack(parts) if stacked else parts[0]
 
     def write(self, ours: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All paths of ours -> all tensors of theirs."""
@@ -88,5 +91,5 @@ class KeyMap:
         return out
 
 
-def _some(names: list[str], count: int = 4) -> str:
+def some(names: list[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,13 +1,17 @@
 """Lazy readers of weight files: `{name: Tensor}` from safetensors, one file or many. Nothing is unpickled and nothing is read before it is asked for."""
 
 import dataclasses
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from neva_jax.errors import UserError
+
+SAMPLES, BLOCK = 64, 4096  # blocks and their bytes, of each file, that `headers_digest` looks at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +28,10 @@ class Tensor:
 def open_safetensors(directory: str | Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face directory: model.safetensors, or the shards that model.safetensors.index.json names."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected a Hugging Face model directory (nothing is downloaded)")
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [directory / Path(name).name for name in names]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
+    files = _shards(index) if index.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: no *.safetensors here; found {sorted(p.name for p in directory.iterdir())[:8]}; save the model as safetensors")
     tensors: dict[str, Tensor] = {}
@@ -47,13 +49,25 @@ def open_safetensors(directory: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def headers_digest(directory: str | Path) -> str:
-    """sha256 over names, sizes and headers of the weight files: tells two sets of weights apart without reading them."""
-    import hashlib
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a safetensors index ({type(error).__name__}: {error}); copy it again") from None
+    return [index.parent / Path(name).name for name in sorted(names)]
 
+
+def headers_digest(directory: str | Path) -> str:
+    """sha256 over names, sizes, headers and a sample of the weight files: tells two sets of weights apart without reading them whole.
+
+    The sample, SAMPLES evenly spaced blocks a file, is for a model that was trained on and saved over itself: its headers stay as they were.
+    """
     digest = hashlib.sha256()
     for file in sorted(Path(directory).glob("*.safetensors")):
         with open(file, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + f.read(min(size, 100_000_000)))
+            end = os.fstat(f.fileno()).st_size
+            digest.update(f"{file.name} {end} ".encode() + f.read(min(int.from_bytes(f.read(8), "little"), 100_000_000)))
+            for at in np.linspace(0, max(end - BLOCK, 0), SAMPLES, dtype=np.int64):
+                f.seek(at)
+                digest.update(f.read(BLOCK))
     return digest.hexdigest()

@@ -11,6 +11,8 @@ from neva_jax.data.records import Record, Records, parse_record
 from neva_jax.data.tokenize import IGNORE, SpecialIds, Stream, encode, shift
 from neva_jax.errors import DataError, UserError
 
+FORMAT = 2  # of a record's ids; part of the fingerprint: raise it when a template, the way of encoding or the cut changes
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -25,8 +27,8 @@ class Example:
 
 @dataclasses.dataclass
 class Examples:
-    """sources: record files, one behind the other; media: see `open_media`, or None where there are only texts; media_length: S', text positions a picture takes;
-    max_length: T at most; on_bad_image: "raise" or "skip". Pickles small: a worker opens its own files.
+    """sources: record files, one behind the other; media: see `open_media`, or None where there are only texts; media_length: S, text positions that a
+    picture takes; max_length: T at most; on_bad_image: "raise" or "skip". Pickles small: a worker opens its own files.
     """
 
     sources: tuple[Records, ...]
@@ -64,7 +66,9 @@ class Examples:
 
     def stream(self, index: int) -> Stream:
         """The record's ids, cut to max_length + 1 (the last one is a target only). An error if nothing supervised is left."""
-        record = self.record(index)
+        return self._encode(index, self.record(index))
+
+    def _encode(self, index: int, record: Record) -> Stream:
         try:
             pieces = render(self.template, record.turns, record.system)
         except UserError as error:
@@ -72,14 +76,17 @@ class Examples:
         whole = encode(pieces, self.tokenizer, self.special, self.media_length)
         stream = whole.truncate(self.max_length + 1)
         if not stream.supervised[1:].any():
-            cause = f"of its {len(whole.ids)} tokens the first {self.max_length} hold no answer; raise model.encoder_seq_length" if stream is not whole else "empty answers?"
+            cause = "empty answers?"
+            if stream is not whole:
+                cause = f"of its {len(whole.ids)} tokens the first {self.max_length} hold no answer; raise model.encoder_seq_length"
             raise DataError(f"{self.where(index)}: conversations: no supervised token; {cause}")
         return stream
 
     def __getitem__(self, index: int) -> Example:
-        stream = self.stream(index)
+        record = self.record(index)
+        stream = self._encode(index, record)
         tokens, labels, media_index = shift(stream)
-        names = self.record(index).images[: stream.num_media]
+        names = record.images[: stream.num_media]
         try:
             media = [self._picture(index, name) for name in names]
         except DataError:
@@ -103,6 +110,6 @@ class Examples:
 
     def fingerprint(self) -> str:
         """Of all that decides lengths: files, tokenizer, template, media length, limits. Not of pixels."""
-        special = dataclasses.astuple(self.special)
-        parts = [[s.fingerprint for s in self.sources], self.tokenizer.fingerprint, self.template, self.media_length, self.max_length, self.max_media, special]
+        files, special = [source.fingerprint for source in self.sources], dataclasses.astuple(self.special)
+        parts = [FORMAT, files, self.tokenizer.fingerprint, self.template, self.media_length, self.max_length, self.max_media, special]
         return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -3,6 +3,7 @@
 Every record is parsed, rendered and tokenised once here, so a defect of any record is named before the first step, not hours later.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -24,9 +25,9 @@ CHUNK = 4096  # records a task
 def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0) -> Lengths:
     """Lengths of all records, from the cache or made now; num_workers: processes to make them with."""
     path = Path(cache_dir) / f"lengths-{examples.fingerprint()}.npy"
-    if path.exists():
+    try:
         table = np.load(path, mmap_mode="r")
-    else:
+    except (ValueError, EOFError, OSError):  # the first time, or where a power cut left a name without bytes
         table = _make(examples, num_workers)
         _store(path, table)
     cut = int(table[:, 3].sum())
@@ -36,19 +37,19 @@ def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0
 
 
 def _make(examples: Examples, num_workers: int) -> np.ndarray:
-    starts = range(0, len(examples), CHUNK)
-    if num_workers and len(starts) > 1:
-        with multiprocessing.get_context("spawn").Pool(min(num_workers, len(starts)), _init_worker, (examples,)) as pool:
-            parts = list(tqdm(pool.imap(_chunk_in_worker, starts), "indexing lengths", len(starts), disable=None))
+    chunks = [range(start, min(start + CHUNK, len(examples))) for start in range(0, len(examples), CHUNK)]
+    if num_workers and len(chunks) > 1:
+        with multiprocessing.get_context("spawn").Pool(min(num_workers, len(chunks)), _init_worker, (examples,)) as pool:
+            parts = list(tqdm(pool.imap(_chunk_in_worker, chunks), "indexing lengths", len(chunks), disable=None))
     else:
-        parts = [_chunk(examples, start) for start in tqdm(starts, "indexing lengths", disable=None if len(starts) > 1 else True)]
+        parts = [_chunk(examples, chunk) for chunk in tqdm(chunks, "indexing lengths", disable=None if len(chunks) > 1 else True)]
     return np.concatenate(parts)
 
 
-def _chunk(examples: Examples, start: int) -> np.ndarray:
+def _chunk(examples: Examples, chunk: range) -> np.ndarray:
     """int32[n, 4]: tokens, supervised, media, whether answers were cut."""
     rows = []
-    for index in range(start, min(start + CHUNK, len(examples))):
+    for index in chunk:
         stream = examples.stream(index)
         rows.append((len(stream.ids) - 1, stream.supervised[1:].sum(), stream.num_media, stream.answers_cut))
     return np.array(rows, np.int32)
@@ -62,16 +63,18 @@ def _init_worker(examples: Examples) -> None:
     _examples = examples
 
 
-def _chunk_in_worker(start: int) -> np.ndarray:
-    return _chunk(_examples, start)
+def _chunk_in_worker(chunk: range) -> np.ndarray:
+    return _chunk(_examples, chunk)
 
 
 def _store(path: Path, table: np.ndarray) -> None:
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")
         with open(temporary, "wb") as file:
             np.save(file, table)
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(f"{path.parent}: cannot hold the index of lengths ({error.strerror}); set model.data.cache_dir to a writable folder") from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DataError(f"{path.parent}: cannot hold the index of lengths ({error.strerror or error}); set model.data.cache_dir to a writable folder") from None

@@ -1,7 +1,7 @@
 """Plan -> batches: Grain reads, decodes and stacks the rows of this process, in threads or in worker processes, in the plan's order.
 
-A batch is a dict of arrays [M, B, ...]: M micro-batches of B rows (of this process). Fields: tokens, labels, position_ids, segment_ids, media_index int32[M, B, T];
-loss_mask float32[M, B, T]; supervised_positions int32[M, B, K]; media uint8[M, B, N, H, W, 3]; bad_image int32[M, B].
+A batch is a dict of arrays [M, B, ...]: M micro-batches of B rows (of this process). Fields: tokens, labels, position_ids, segment_ids,
+media_index int32[M, B, T]; loss_mask float32[M, B, T]; supervised_positions int32[M, B, K]; media uint8[M, B, N, H, W, 3]; bad_image int32[M, B].
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import os
 
 import grain
 import numpy as np
+from absl import flags
 
 from neva_jax.data.example import Example, Examples
 from neva_jax.data.plan import Bucket, local_rows
@@ -101,24 +102,29 @@ def batches(examples: Examples, plan, rows: Rows, *, ids: np.ndarray, start: int
     )
     if not num_workers:
         return iter(dataset)
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2), worker_init_fn=_no_device)
-    return _started_without_devices(dataset)
+    if not flags.FLAGS.is_parsed():  # Grain asks absl for settings of its workers, which raises in a program that never parsed absl's own flags
+        flags.FLAGS.mark_as_parsed()
+    return _from_workers(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2), worker_init_fn=_no_device))
 
 
-def _started_without_devices(dataset):
+def _from_workers(dataset):
     """Grain imports JAX in its workers; none of them may take a device, so they are born into an environment that shows none."""
-    hidden = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    before = {name: os.environ.get(name) for name in hidden}
-    os.environ.update(hidden)
+    born_into = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    born_into["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # it tells of shared memory that it cleans up itself
+    before = {name: os.environ.get(name) for name in born_into}
+    os.environ.update(born_into)
+    iterator = iter(dataset)
     try:
-        iterator = iter(dataset)
-        first = next(iterator, None)  # all workers run by the time one of them has given a batch
+        try:
+            batch = next(iterator, None)  # all workers run by the time one of them has given a batch
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        while batch is not None:
+            yield {name: np.array(array) for name, array in batch.items()}  # Grain's lie in shared memory, which is to be free again soon
+            batch = next(iterator, None)
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    if first is not None:
-        yield first
-        yield from iterator
+        iterator.close()
 
 
 def _no_device(worker: int, num_workers: int) -> None:

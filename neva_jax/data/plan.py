@@ -1,8 +1,8 @@
 """Which records make which global batch: a pure function of seed, epoch and lengths. Workers, hosts and devices change nothing of it.
 
 The epochs' permutations, one behind the other, are one endless stream of record ids; epoch e owns the whole global batches of that stream that end in it. So
-what an epoch leaves over (fewer records than a batch) opens the next one, and every record comes once an epoch. Inside an epoch, windows of 64 global
-batches are sorted by bucket, so that a batch holds records of one shape, and the batches are shuffled again.
+what an epoch leaves over (fewer records than a batch) opens the next one, and every record comes once an epoch. An epoch is sorted by bucket, so that a
+batch holds records of one shape; the sort is stable, so which of them meet is still the permutation's choice; and the batches are shuffled again.
 """
 
 import bisect
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-WINDOW = 64  # global batches that are sorted together
 GRAIN = 16  # token lengths of automatic buckets are multiples of it
 SUPERVISED_GRAIN = 64  # K is a multiple of it: the loss's chunk
 
@@ -97,9 +96,7 @@ def plan(seed: int | None, epoch: int, lengths: Lengths, global_batch_size: int,
     if seed is None or not length_grouping:
         batches = ids.reshape(-1, size)
     else:
-        order = _order(lengths, buckets)
-        windows = [ids[i : i + WINDOW * size] for i in range(0, len(ids), WINDOW * size)]
-        batches = np.concatenate([w[np.argsort(order[w], kind="stable")] for w in windows] or [ids]).reshape(-1, size)
+        batches = ids[np.argsort(_order(lengths, buckets)[ids], kind="stable")].reshape(-1, size)
         batches = batches[np.random.default_rng([seed, epoch, 1]).permutation(len(batches))]
     return [(bucket_of(lengths, batch, buckets), batch) for batch in batches]
 
@@ -132,7 +129,8 @@ class Plan:
 
     def epoch_of(self, batch: int) -> int:
         """The epoch whose plan holds global batch `batch`."""
-        return bisect.bisect_right(range((batch + 1) * self.size // self.num_records + 2), batch, key=lambda e: num_batches_before(e, self.num_records, self.size)) - 1
+        epochs = range((batch + 1) * self.size // self.num_records + 2)
+        return bisect.bisect_right(epochs, batch, key=lambda epoch: num_batches_before(epoch, self.num_records, self.size)) - 1
 
     def __getitem__(self, batch: int):
         epoch = self.epoch_of(batch)

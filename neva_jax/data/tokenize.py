@@ -29,9 +29,8 @@ class SpecialIds:
 
     @classmethod
     def of(cls, tokenizer, template: str, *, use_im_start_end: bool) -> "SpecialIds":
-        """NeVA's rule: <extra_id_6> and <extra_id_7> become the tokenizer's own <s> and </s>, <extra_id_3> becomes 0 where
-        the template says so. A tokenizer without
-        <extra_id_4> and <extra_id_5> will do unless use_im_start_end is on: elsewhere media vectors replace both."""
+        """NeVA's rule: <extra_id_6> and <extra_id_7> become the tokenizer's own <s> and </s>, <extra_id_3> becomes 0 where the template says so. A tokenizer
+        without <extra_id_4> and <extra_id_5> will do unless use_im_start_end is on: elsewhere media vectors replace both."""
         start, end = tokenizer.id_of(START), tokenizer.id_of(END)
         if use_im_start_end and (start is None or end is None):
             raise UserError(
@@ -41,7 +40,8 @@ class SpecialIds:
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         if eos is None or eos < 0:
             raise UserError(f"{tokenizer.path} has no end-of-sequence token, and the template ends answers with it")
-        return cls(bos=eos if bos is None or bos < 0 else bos, eos=eos, patch=0 if TEMPLATES[template].patch_is_unk else tokenizer.id_of(PATCH) or 0, start=start or 0, end=end or 0, use_im_start_end=use_im_start_end)
+        patch = 0 if TEMPLATES[template].patch_is_unk else tokenizer.id_of(PATCH) or 0
+        return cls(eos if bos is None or bos < 0 else bos, eos, patch, start or 0, end or 0, use_im_start_end)
 
     def control(self, token: str) -> int:
         return {BOS: self.bos, EOS: self.eos, PATCH: self.patch}[token]
@@ -68,10 +68,12 @@ class Stream:
         return -(-int(self.media_index.max(initial=-1) + 1) // self.media_length)
 
     def truncate(self, limit: int) -> "Stream":
-        """At most `limit` ids. A medium is never cut in two: a cut inside its span falls before it. answers_cut: supervised ids were lost."""
+        """At most `limit` ids. A medium is never cut in two: where the last id, which is a target only, is one of its, the cut falls before the medium.
+        answers_cut: supervised ids were lost."""
         if len(self.ids) <= limit:
             return self
-        end = limit - max(int(self.media_index[limit]), 0) % self.media_length
+        last = int(self.media_index[limit - 1])
+        end = limit if last < 0 else limit - 1 - last % self.media_length
         return dataclasses.replace(
             self, ids=self.ids[:end], supervised=self.supervised[:end], media_index=self.media_index[:end], answers_cut=bool(self.supervised[end:].any())
         )

@@ -1,8 +1,9 @@
 """Tokenizers behind one small face: pieces of text to ids with character spans, control tokens by name.
 
-A control token never comes out of text: sentencepiece models are copied in memory with their user-defined pieces switched off, Hugging Face ones encode special
-tokens as plain text. Where a text starts behind a control token it gets no dummy prefix, so on text free of control strings the ids are those of
-the whole string encoded at once. Objects pickle as a path and open themselves again in a worker.
+A control token never comes out of text: sentencepiece models are copied in memory with their user-defined pieces switched off, Hugging Face ones encode
+special tokens as plain text. Where a text starts behind a control token it gets no dummy prefix, so on text free of control strings the ids are those of the
+whole string encoded at once; but spaces stay as they are written, also where a sentencepiece model would squeeze them. Objects pickle as a path and open
+themselves again in a worker.
 """
 
 import functools
@@ -10,9 +11,11 @@ import hashlib
 import itertools
 from pathlib import Path
 
+from neva_jax.data.conversation import BOS, END, EOS, PATCH, START
 from neva_jax.errors import UserError
 
 USER_DEFINED, CONTROL = 4, 3  # sentencepiece's piece types
+BEGINS, ENDS = ("<|begin_of_text|>", "<s>"), ("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "</s>")  # Hugging Face's names, the first that is there counts
 
 
 class SentencePieceTokenizer:
@@ -23,7 +26,10 @@ class SentencePieceTokenizer:
         if not self.path.is_file():
             raise UserError(f"model.tokenizer.model: no file {self.path}; give the sentencepiece model (for Llama-2: tokenizer.model)")
         self.fingerprint = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        whole = self._processors[0]
+        try:
+            whole = self._processors[0]
+        except Exception as error:  # protobuf and sentencepiece raise several kinds
+            raise UserError(f"model.tokenizer.model: {self.path} is not a sentencepiece model ({' '.join(str(error).split())})") from None
         self.vocab_size, self.bos_id, self.eos_id, self.unk_id = whole.vocab_size(), whole.bos_id(), whole.eos_id(), whole.unk_id()
 
     @functools.cached_property
@@ -39,11 +45,9 @@ class SentencePieceTokenizer:
         """The model as it is; without user-defined pieces; and without a dummy prefix too."""
         from sentencepiece import SentencePieceProcessor
 
-        try:
-            model = type(self._model).FromString(self._model.SerializeToString())
-            processors = [SentencePieceProcessor(model_proto=model.SerializeToString())]
-        except Exception as error:  # protobuf and sentencepiece raise several kinds
-            raise UserError(f"model.tokenizer.model: {self.path} is not a sentencepiece model ({error})") from None
+        model = type(self._model).FromString(self._model.SerializeToString())
+        processors = [SentencePieceProcessor(model_proto=model.SerializeToString())]
+        model.normalizer_spec.remove_extra_whitespaces = False  # a space behind a control token counts, and the pieces' surfaces tile the text
         for piece in model.pieces:
             piece.type = CONTROL if piece.type == USER_DEFINED else piece.type
         processors.append(SentencePieceProcessor(model_proto=model.SerializeToString()))
@@ -80,21 +84,26 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path):
         self.path = path
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.bos_id, self.eos_id, self.unk_id = self._first("<|begin_of_text|>", "<s>"), self._first("<|eot_id|>", "<|im_end|>", "<|endoftext|>", "</s>"), None
+        try:
+            self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        except Exception as error:  # tokenizers raises a bare Exception
+            raise UserError(f"model.tokenizer.type: {path} is not a tokenizer.json ({' '.join(str(error).split())})") from None
+        self.bos_id, self.eos_id, self.unk_id = self._first(BEGINS), self._first(ENDS), None
 
     @functools.cached_property
     def _tokenizer(self):
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+        tokenizer.post_processor = None  # it trims spaces off the spans
+        tokenizer.add_special_tokens([name for name in (*BEGINS, *ENDS, BOS, EOS, PATCH, START, END) if tokenizer.token_to_id(name) is not None])
         tokenizer.encode_special_tokens = True
         return tokenizer
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
 
-    def _first(self, *tokens):
+    def _first(self, tokens):
         return next((i for token in tokens if (i := self.id_of(token)) is not None), None)
 
     def encode(self, text: str, *, start: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -124,6 +133,6 @@ def open_tokenizer(library: str, *, model: str | None, type: str | None):
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"model.tokenizer.type: no tokenizer.json and no tokenizer.model in {directory}; nothing is downloaded: give a local directory")
-    if '"ByteLevel"' not in path.read_text():
+    if b'"ByteLevel"' not in path.read_bytes():
         raise UserError(f"model.tokenizer.type: {path} is not byte-level; put the sentencepiece tokenizer.model beside it, this version reads that")
     return HuggingFaceTokenizer(path)

@@ -10,7 +10,6 @@ from neva_jax.data.example import Example, Examples
 from neva_jax.data.pipeline import pad_example
 from neva_jax.data.plan import Bucket
 from neva_jax.data.tokenize import IGNORE, encode
-from neva_jax.inference.generate import greedy
 
 GRAIN = 16  # prompt lengths are padded to a multiple
 
@@ -35,8 +34,8 @@ def questions_of(examples: Examples):
             yield Question(index, tags + question.replace(PLACEHOLDER, "").strip(), answer, media)
 
 
-def answer(graphdef, params: dict, examples: Examples, questions: list[Question], *, batch_size: int = 64, max_new_tokens: int = 16) -> list[str]:
-    """The model's greedy answer to each question, asked alone under the examples' template."""
+def answer(generate, examples: Examples, questions: list[Question], *, batch_size: int = 64, max_new_tokens: int = 16) -> list[str]:
+    """The model's answer to each question, asked alone under the examples' template. generate(batch, max_new_tokens=, stop_id=) -> ids: see inference/."""
     template, tokenizer = TEMPLATES[examples.template], examples.tokenizer
     stop_id = examples.special.eos if template.stop != "\n" else tokenizer.encode("\n", start=False)[0][-1]
     prompts = [_prompt(examples, question) for question in questions]
@@ -50,7 +49,7 @@ def answer(graphdef, params: dict, examples: Examples, questions: list[Question]
         rows += [pad_example(None, bucket, examples.no_media)] * (batch_size - len(rows))
         names = ("tokens", "segment_ids", "position_ids", "media_index", "media")
         batch = {name: np.stack([row[name] for row in rows]) for name in names}
-        ids = np.asarray(greedy(graphdef, params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
+        ids = np.asarray(generate(batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
         for i, row in zip(chosen, ids, strict=False):
             answers[i] = tokenizer.decode([t for t in row if t != stop_id]).strip()
     return answers

@@ -52,11 +52,13 @@ def batch_sheet(batch: dict[str, np.ndarray], tokenizer, count: int = 8) -> np.n
     return sheet(cells)
 
 
-def evaluate(run: Path, graphdef, params: dict, examples: Examples, *, batch_size: int, num_shown: int = 24) -> dict[str, float]:
-    """Asks every question of `examples`, writes evaluation.json and answers.png (wrong answers first) into the run, prints the accuracy and a few answers."""
+def evaluate(run: Path | None, generate, examples: Examples, *, batch_size: int, num_shown: int = 24) -> dict[str, float]:
+    """Asks every question of `examples`, writes evaluation.json and answers.png (wrong answers first) into the run, prints the accuracy and a few answers. run None: another process writes."""
     questions = list(exact_match.questions_of(examples))
-    answers = exact_match.answer(graphdef, params, examples, questions, batch_size=batch_size)
+    answers = exact_match.answer(generate, examples, questions, batch_size=batch_size)
     scores = exact_match.score(answers, questions)
+    if run is None:
+        return scores
     right = [exact_match.matches(a, q.truth) for a, q in zip(answers, questions, strict=True)]
     rows = [{"index": q.index, "question": q.text, "answer": a, "truth": q.truth, "right": r} for q, a, r in zip(questions, answers, right, strict=True)]
     (run / "evaluation.json").write_text(json.dumps({**scores, "answers": rows}, indent=1))
@@ -66,7 +68,7 @@ def evaluate(run: Path, graphdef, params: dict, examples: Examples, *, batch_siz
     Image.fromarray(sheet(cells, columns=3)).save(run / "answers.png")
     for i in spread[:: max(1, num_shown // 6)]:
         log.info(f"{_words(rows[i]['question'])!r} -> {rows[i]['answer']!r} (truth: {rows[i]['truth']!r})")
-    log.info(f"accuracy {scores['accuracy']:.2f} % exact match on {scores['num_questions']} held-out questions; {run / 'evaluation.json'}, {run / 'answers.png'}")
+    log.info(f"accuracy {scores['accuracy']:.2f} % exact match on {scores['num_questions']} held-out questions; see answers.png and evaluation.json in {run}")
     return scores
 
 

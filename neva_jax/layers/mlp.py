@@ -25,7 +25,7 @@ def squared_relu(x):
 
 ACTIVATIONS = {  # NeMo's names -> (function, gated). "fast-" says how NeMo fuses two matrices and changes no number
     "gelu": (gelu, False),
-    "approx-gelu": (gelu_tanh, False),
+    "approx-gelu": (quick_gelu, False),  # NeMo's ApproxGELUActivation; the tanh form is its `openai_gelu`
     "squared-relu": (squared_relu, False),
     "geglu": (gelu, True),
     "swiglu": (jax.nn.silu, True),

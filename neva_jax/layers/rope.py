@@ -24,9 +24,11 @@ class Rope:
     llama3: tuple[float, float, float, int] | None = None
 
     def frequencies(self) -> np.ndarray:
-        """float32[R / 2], R = int(C * percentage): radians a position."""
+        """float32[R / 2], R = int(C * percentage): radians a position. Rounded where torch rounds: at position 4,096 one last bit of a frequency
+        moves its angle by 2e-4, and the weights were trained with theirs."""
         dim = int(self.head_dim * self.percentage)
-        frequencies = 1.0 / self.base ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
+        exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        frequencies = 1 / np.power(self.base, exponents, dtype=np.float64).astype(np.float32)
         if self.llama3:
             frequencies = _llama3(frequencies, *self.llama3)
         return (frequencies / self.interpolation).astype(np.float32)

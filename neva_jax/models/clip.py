@@ -60,10 +60,13 @@ class ClipBlock(nnx.Module):
 
     def __init__(self, config: ClipVisionConfig, attend, *, rngs: nnx.Rngs):
         dim, heads = config.hidden_size, config.num_attention_heads
+        deep = dim**-0.5 * (2 * config.num_layers) ** -0.5  # the paper's initial values
         self.layer_norm1 = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)
-        self.self_attn = Attention(dim, num_heads=heads, head_dim=dim // heads, attend=attend, is_causal=False, bias=True, out_name="out_proj", rngs=rngs)
+        self.self_attn = Attention(
+            dim, num_heads=heads, head_dim=dim // heads, attend=attend, is_causal=False, bias=True, out_name="out_proj", std=deep, out_std=dim**-0.5, rngs=rngs
+        )
         self.layer_norm2 = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)
-        self.mlp = MLP(dim, config.ffn_hidden_size, activation=HIDDEN_ACTS[config.hidden_act], gated=False, bias=True, rngs=rngs)
+        self.mlp = MLP(dim, config.ffn_hidden_size, activation=HIDDEN_ACTS[config.hidden_act], gated=False, bias=True, std=(2 * dim) ** -0.5, out_std=deep, rngs=rngs)
 
     def __call__(self, x: jax.Array, side) -> jax.Array:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -74,7 +77,7 @@ class ClipVision(nnx.Module):
     def __init__(self, config: ClipVisionConfig, *, attend, runner, rngs: nnx.Rngs):
         dim = config.hidden_size
         self.config, self.runner = config, runner
-        self.class_embedding = nnx.Param(normal(0.02)(rngs.params(), (dim,)), axes=(None,))
+        self.class_embedding = nnx.Param(normal(dim**-0.5)(rngs.params(), (dim,)), axes=(None,))
         self.patch_embedding = Linear(config.patch_size**2 * 3, dim, axes=(None, "embed"), bias=False, rngs=rngs)
         self.position_embedding = Embedding(config.grid**2 + 1, dim, axes=(None, "embed"), rngs=rngs)
         self.pre_layrnorm = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)  # sic: CLIP's own spelling
@@ -90,7 +93,9 @@ class ClipVision(nnx.Module):
     def __call__(self, media: jax.Array) -> jax.Array:
         """media: uint8 or float32[M, H, W, 3] -> features [M, S, E]"""
         c, p, g = self.config, self.config.patch_size, self.config.grid
-        pixels = self.normalize(media).astype(jnp.dtype(c.dtype))
+        if media.shape[1:] != (c.image_size, c.image_size, 3):
+            raise ValueError(f"media must be [M, H, W, 3] with H = W = {c.image_size}; found {list(media.shape)}")
+        pixels = self.normalize(media[:, : g * p, : g * p]).astype(jnp.dtype(c.dtype))  # a rest outside every patch is not seen, as in a strided convolution
         patches = pixels.reshape(-1, g, p, g, p, 3).swapaxes(2, 3).reshape(-1, g * g, p * p * 3)
         x = self.patch_embedding(patches)
         class_token = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))

@@ -49,8 +49,8 @@ class NevaConfig:
     @property
     def media_length(self) -> int:
         """S': text positions an image takes."""
-        grid = self.vision.grid
-        return -(-grid // 2) ** 2 if self.projector.startswith("mlp_downsample") else self.vision.num_tokens
+        half = (self.vision.grid + 1) // 2
+        return half**2 if self.projector.startswith("mlp_downsample") else self.vision.num_tokens
 
 
 def neva(config: NevaConfig, *, rngs: nnx.Rngs, llm_attend=attend, vision_attend=attend, runner=scan_layers) -> MultimodalModel:

@@ -58,7 +58,10 @@ def downsample(x: jax.Array, *, column_major: bool) -> jax.Array:
     *lead, length, width = x.shape
     grid = round(length**0.5)
     if grid * grid != length:
-        raise ValueError(f"mlp_downsample needs a square grid of features without class token; found {length}")
+        raise UserError(
+            f"mm_mlp_adapter_type mlp_downsample joins the neighbours of a square grid; found {length} features an image; "
+            "set model.mm_cfg.vision_encoder.vision_select_feature to patch (no class token)"
+        )
     half = -(-grid // 2)
     x = x.reshape(*lead, grid, grid, width)
     x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, 2 * half - grid)] * 2 + [(0, 0)])

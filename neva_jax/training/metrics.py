@@ -3,6 +3,7 @@
 Names are NeMo's (reduced_train_loss, global_step, consumed_samples, "train_step_timing in s", lr, grad_norm, val_loss), then ours.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -69,6 +70,19 @@ class Metrics:
                 resource.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step does with this process' rows: samples, tokens that are not padding, model FLOPs."""
+
+    samples: int
+    tokens: int
+    flops: float
+
+    @classmethod
+    def of(cls, batch: dict, flops: float) -> "Work":
+        return cls(batch["tokens"].shape[0] * batch["tokens"].shape[1], int((batch["segment_ids"] != 0).sum()), flops)
+
+
 class Clock:
     """Seconds and rates between two log lines."""
 
@@ -86,14 +100,14 @@ class Clock:
         self.waited += time.perf_counter() - began
         return item
 
-    def count(self, batch: dict, flops: float) -> None:
-        """A step's batch (rows of this process) and its model FLOPs."""
-        self.samples += batch["tokens"].shape[0] * batch["tokens"].shape[1]
-        self.tokens += int((batch["segment_ids"] != 0).sum())
-        self.flops += flops
+    def add(self, work: Work) -> None:
+        """What a step did, once it is done."""
+        self.samples += work.samples
+        self.tokens += work.tokens
+        self.flops += work.flops
 
     def rates(self, step: int, num_devices: int, peak_flops: float | None) -> dict[str, float]:
-        """Since the last start, which this is the next of. num_devices: of this process; MFU is left out where the peak is unknown."""
+        """Since the last start; starts anew. num_devices: of this process; MFU is left out where the peak is unknown."""
         seconds, steps = time.perf_counter() - self.began, max(1, step - self.step)
         rates = {
             "train_step_timing in s": seconds / steps,

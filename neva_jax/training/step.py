@@ -41,7 +41,7 @@ def make_train_step(graphdef, optimizer, *, clip: float | None, num_shards: int,
         params, opt_state = state["params"], state["opt_state"]
         loss, grads = accumulate(params, frozen, batch, row_weights(batch["labels"], reduction, num_shards))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         grads = jax.tree.map(lambda g: g * clip_factor(norm, clip), grads)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)

@@ -8,20 +8,18 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Watch:
-    """describe_batch(index) -> the records of a global batch, in words. values: the newest step's numbers."""
+    """describe_batch(index) -> the records of a global batch, in words. values: the newest step's numbers. stopping: some process asks for an end."""
 
     def __init__(self, describe_batch, *, max_bad_images: int):
         self.describe_batch, self.max_bad_images = describe_batch, max_bad_images
         self.values: dict[str, float] = {}
         self.bad_images = 0
-        self.step = None
+        self.stopping = False
 
-    def read(self, step: int, metrics: dict) -> bool:
-        """Takes in the metrics of a step (waits for it; a second time does nothing) -> whether some process asks for an end."""
-        if step == self.step:
-            return self.stopping
+    def read(self, step: int, metrics: dict) -> None:
+        """Takes in the metrics of a step, waiting for it."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        self.step, self.stopping = step, bool(values.pop("stop"))
+        self.stopping = bool(values.pop("stop"))
         self.bad_images += values.pop("bad_images")
         self.values = {**values, "bad_images": self.bad_images}
         if self.bad_images > self.max_bad_images:
@@ -34,4 +32,3 @@ class Watch:
                 f"the gradients of {MAX_SKIPPED_IN_A_ROW} steps in a row were not finite, the last in global_step={step}: {self.describe_batch(step - 1)}; "
                 "look at these records, lower model.optim.lr, or set trainer.precision=32"
             )
-        return self.stopping

@@ -1,0 +1,96 @@
+"""A run that was stopped and continued is the run that was not: weights, optimizer state, losses and batch order, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+from runs import assert_same, logged, run, run_until_stopped, saved, steps_of, tiny
+
+from neva_jax.config import to_json
+from neva_jax.errors import UserError
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 1], ids=["accumulation 1", "accumulation 4"])
+def test_exact(tmp_path, monkeypatch, micro_batch_size):
+    whole = tmp_path / "whole"
+    run(whole, model__micro_batch_size=micro_batch_size)
+    for workers in (0, 2):
+        parts = tmp_path / f"parts with {workers} workers"
+        settings = {"model__micro_batch_size": micro_batch_size, "model__data__num_workers": workers}
+        assert run_until_stopped(monkeypatch, parts, after=2, **settings) == 143
+        stopped_at = steps_of(parts)[-1]
+        assert 2 <= stopped_at < 6
+        run(parts, **settings)
+        assert steps_of(parts)[-1] == 6
+        for item in ("trainable", "optimizer"):
+            assert_same(saved(parts, item), saved(whole, item))
+        names = ("reduced_train_loss", "grad_norm", "consumed_samples", "tokens", "supervised_tokens")
+        assert logged(parts, *names) == logged(whole, *names)
+
+
+def test_a_finished_run_only_reports(tmp_path):
+    run(tmp_path)
+    before = saved(tmp_path, "trainable")
+    run(tmp_path)
+    assert steps_of(tmp_path) == [6] and len(logged(tmp_path)) == 6
+    assert_same(saved(tmp_path, "trainable"), before)
+
+
+def test_sigterm_saves_and_exits_with_143(tmp_path):
+    """A process of its own, stopped from outside; the next start continues."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(to_json(tiny(tmp_path / "run", trainer__max_steps=100000, model__optim__sched__warmup_steps=2))))
+    command = [sys.executable, "train.py", "--config", str(config)]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    last = steps_of(tmp_path / "run")[-1]
+    assert last == logged(tmp_path / "run")[-1][0] >= 3
+    run(tmp_path / "run", trainer__max_steps=last + 2)
+    assert steps_of(tmp_path / "run")[-1] == last + 2
+    assert [step for step, in logged(tmp_path / "run")] == list(range(1, last + 3))
+
+
+def test_another_architecture_or_batch_size_is_refused(tmp_path):
+    run(tmp_path, trainer__max_steps=3)
+    with pytest.raises(UserError, match=r"model\.ffn_hidden_size was 32 and is 48"):
+        run(tmp_path, model__ffn_hidden_size=48)
+    with pytest.raises(UserError, match=r"model\.global_batch_size was 4 and is 8"):
+        run(tmp_path, model__global_batch_size=8)
+
+
+def test_a_run_does_not_need_the_run_it_started_from(tmp_path):
+    """Projector alone on towers of another run, which then goes away; the towers stay as they were, bit for bit."""
+    towers, second = tmp_path / "towers", tmp_path / "second"
+    run(towers, trainer__max_steps=3)
+    frozen = {path: array for path, array in saved(towers, "trainable").items() if not path.startswith("projector/")}
+    settings = {"restore_from_path": str(towers), "model__mm_cfg__llm__freeze": True, "model__mm_cfg__vision_encoder__freeze": True}
+    start = saved(towers, "trainable")
+    run(second, trainer__max_steps=3, **settings)
+    shutil.rmtree(towers)
+    assert_same(saved(second, "base"), frozen)
+    trained = saved(second, "trainable")
+    assert trained.keys() == {"projector/0/kernel", "projector/0/bias", "projector/2/kernel", "projector/2/bias"}
+    assert all((trained[path] != start[path]).any() for path in trained)
+    assert {path.split("/")[0] for path in saved(second, "optimizer")} == {"opt_state", "skipped"}
+    assert not any("llm" in path or "vision_encoder" in path for path in saved(second, "optimizer"))
+    run(second, trainer__max_steps=5, **(settings | {"restore_from_path": None}))
+    assert_same(saved(second, "base"), frozen)
+    third = tmp_path / "third"
+    run(third, trainer__max_steps=2, restore_from_path=str(second))
+    assert_same(saved(third, "base") if (third / "base").exists() else {}, {})
+    assert saved(third, "trainable").keys() == start.keys()
