@@ -23,22 +23,22 @@ def get_config(stage: str = "all"):
     model, mm = config.model, config.model.mm_cfg
     config.name = config.exp_manager.name = "quickstart" if stage == "all" else f"quickstart_{stage}"
     config.exp_manager.checkpoint_callback_params.save_top_k = 1
-    config.trainer.update({"precision": "32", "max_steps": 600, "log_every_n_steps": 20, "val_check_interval": 200})
+    config.trainer.update({"precision": "32", "max_steps": 1000, "log_every_n_steps": 50, "val_check_interval": 250})
     config.evaluation.questions = str(DIGITS / "test.json")
 
-    # the model: 0.9 million weights in the language model, 0.8 in the tower
-    model.update({"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "num_attention_heads": 4, "encoder_seq_length": 256})
-    model.init_method_std = 0.05
-    vision = {"patch_dim": 8, "crop_size": (32, 32), "hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 512}
+    # the model: 0.43 million weights in the language model, 0.36 in the tower
+    model.update({"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "encoder_seq_length": 256})
+    model.update({"init_method_std": 0.08, "use_scaled_init_method": False})
+    vision = {"patch_dim": 16, "crop_size": (32, 32), "hidden_size": 128, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 256}
     mm.vision_encoder.update({**vision, "vision_select_layer": -1, "freeze": False})
     mm.mm_mlp_adapter_type = "mlp2x_gelu"
     mm.llm.update({"freeze": False, "model_type": "v1"})
     model.tokenizer.model = str(DIGITS / "tokenizer.model")
 
     # the data
-    model.micro_batch_size = model.global_batch_size = 64
+    model.micro_batch_size = model.global_batch_size = 32
     model.data.update({"data_path": str(DIGITS / "train.json"), "validation": str(DIGITS / "test.json"), "image_folder": str(DIGITS / "images.tar")})
-    model.data.update({"num_workers": 0, "max_media": 2})
-    model.optim.update({"lr": 2e-3, "weight_decay": 0.05, "betas": (0.9, 0.95)})
-    model.optim.sched.update({"warmup_steps": 60, "min_lr": 1e-5})
+    model.data.update({"num_workers": 0, "max_media": 2, "buckets": (112,)})
+    model.optim.update({"lr": 1.5e-3, "weight_decay": 0.05, "betas": (0.9, 0.95)})
+    model.optim.sched.update({"warmup_steps": 100, "min_lr": 1e-5})
     return config

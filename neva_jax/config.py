@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import base
 from neva_jax.data.conversation import TEMPLATES
 from neva_jax.errors import UserError
-from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, VISION
+from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED
 
 log = logging.getLogger(__name__)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a sequence, such as '(1, 2)'", object: "a value"}
@@ -194,8 +194,6 @@ def _check_llm(get: dict) -> None:
     for path in ("model.num_attention_heads", "model.ffn_hidden_size"):
         if get[path] % tensor:
             raise UserError(f"model.tensor_model_parallel_size is {tensor}, which does not divide {path} {get[path]}")
-    if get[f"{VISION}.hidden_size"] % get[f"{VISION}.num_attention_heads"]:
-        raise UserError(f"{VISION}.hidden_size is {get[f'{VISION}.hidden_size']}, expected a multiple of its num_attention_heads")
     if get["model.rotary_percentage"] != 1 and get["model.mm_cfg.llm.model_type"] != "nvgpt":
         log.warning("model.rotary_percentage is %s: Llama, Vicuna and Mistral weights need 1.0; NVGPT has 0.5", get["model.rotary_percentage"])
 

@@ -15,7 +15,6 @@ from neva_jax.convert.weights import headers_digest
 from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
 
-
 PARTS = ("llm", "vision_encoder", "projector")
 
 

@@ -119,7 +119,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 def test_ten_bad_gradients_in_a_row_end_the_run_and_name_the_records(tmp_path):
     with pytest.raises(UserError, match=r"10 steps in a row were not finite.*train\.json: record \d+"):
-        run(tmp_path, trainer__max_steps=30, model__optim__lr=1e38, model__optim__sched__name=None, model__optim__sched__min_lr=0.0)
+        run(tmp_path, trainer__max_steps=30, model__optim__lr=1e38, model__optim__sched__name="WarmupPolicy")
 
 
 def test_nine_bad_gradients_do_not():

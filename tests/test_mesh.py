@@ -5,9 +5,6 @@ import pytest
 from runs import assert_same, logged, run, saved
 
 MESHES = {
-    "data 2": {"trainer__devices": 2, "model__micro_batch_size": 2},
-    "fsdp 2": {"trainer__devices": 2, "model__micro_batch_size": 2, "model__fsdp_parallel_size": 2},
-    "tensor 2": {"trainer__devices": 2, "model__tensor_model_parallel_size": 2},
     "data 2 x tensor 2, sequence parallel": {
         "trainer__devices": 4, "model__micro_batch_size": 2, "model__tensor_model_parallel_size": 2, "model__sequence_parallel": True,
     },

@@ -61,7 +61,7 @@ class KeyMap:
 
     def check(self, theirs: dict, ours: list[str], where: str) -> None:
         """Every tensor of theirs used, every path of ours filled; else one error that lists all of both."""
-        wanted = {name for path in ours if path in self.rules for name in self.their_names(path)}
+        wanted = {name for path in ours for name in self.their_names(path)}
         known = {name for path in self.rules for name in self.their_names(path)}
         missing, unknown = sorted(wanted - set(theirs)), sorted(set(theirs) - known)
         if missing or unknown:

@@ -51,10 +51,10 @@ def open_safetensors(directory: str | Path) -> dict[str, Tensor]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a safetensors index ({type(error).__name__}: {error}); copy it again") from None
-    return [index.parent / Path(name).name for name in sorted(names)]
+    return [index.parent / name for name in sorted(names)]
 
 
 def headers_digest(directory: str | Path) -> str:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from neva_jax.data.example import Examples
 from neva_jax.data.plan import Lengths
+from neva_jax.data.workers import birthplace
 from neva_jax.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0
 def _make(examples: Examples, num_workers: int) -> np.ndarray:
     chunks = [range(start, min(start + CHUNK, len(examples))) for start in range(0, len(examples), CHUNK)]
     if num_workers and len(chunks) > 1:
-        with multiprocessing.get_context("spawn").Pool(min(num_workers, len(chunks)), _init_worker, (examples,)) as pool:
+        with birthplace():
+            pool = multiprocessing.get_context("spawn").Pool(min(num_workers, len(chunks)), _init_worker, (examples,))
+        with pool:
             parts = list(tqdm(pool.imap(_chunk_in_worker, chunks), "indexing lengths", len(chunks), disable=None))
     else:
         parts = [_chunk(examples, chunk) for chunk in tqdm(chunks, "indexing lengths", disable=None if len(chunks) > 1 else True)]

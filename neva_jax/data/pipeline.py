@@ -4,8 +4,10 @@ A batch is a dict of arrays [M, B, ...]: M micro-batches of B rows (of this proc
 media_index int32[M, B, T]; loss_mask float32[M, B, T]; supervised_positions int32[M, B, K]; media uint8[M, B, N, H, W, 3]; bad_image int32[M, B].
 """
 
+import contextlib
 import dataclasses
 import functools
+import multiprocessing.util
 import os
 
 import grain
@@ -15,6 +17,7 @@ from absl import flags
 from neva_jax.data.example import Example, Examples
 from neva_jax.data.plan import Bucket, local_rows
 from neva_jax.data.tokenize import IGNORE
+from neva_jax.data.workers import birthplace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,28 +107,19 @@ def batches(examples: Examples, plan, rows: Rows, *, ids: np.ndarray, start: int
         return iter(dataset)
     if not flags.FLAGS.is_parsed():  # Grain asks absl for settings of its workers, which raises in a program that never parsed absl's own flags
         flags.FLAGS.mark_as_parsed()
-    return _from_workers(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2), worker_init_fn=_no_device))
+    return _from_workers(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2), worker_init_fn=_enter_worker))
 
 
 def _from_workers(dataset):
-    """Grain imports JAX in its workers; none of them may take a device, so they are born into an environment that shows none."""
-    born_into = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    born_into["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # it tells of shared memory that it cleans up itself
-    before = {name: os.environ.get(name) for name in born_into}
-    os.environ.update(born_into)
-    iterator = iter(dataset)
-    try:
-        try:
-            batch = next(iterator, None)  # all workers run by the time one of them has given a batch
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with birthplace():  # Grain imports JAX in its workers; none of them may take a device
+        iterator = iter(dataset)
+        batch = next(iterator, None)  # all workers run by the time one of them has given a batch
+    with contextlib.closing(iterator):
         while batch is not None:
             yield {name: np.array(array) for name, array in batch.items()}  # Grain's lie in shared memory, which is to be free again soon
             batch = next(iterator, None)
-    finally:
-        iterator.close()
 
 
-def _no_device(worker: int, num_workers: int) -> None:
+def _enter_worker(worker: int, num_workers: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    multiprocessing.util.Finalize(None, os._exit, args=(0,), exitpriority=-100)  # once its queues are flushed: libraries that hang at exit cost 25 s each

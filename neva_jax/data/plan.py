@@ -158,9 +158,9 @@ class FixedPlan:
 
 
 def padding_share(lengths: Lengths, batches) -> float:
-    """Share of text positions in `batches` ([(bucket, ids)]) that hold no token."""
+    """Share of text positions in `batches` ([(bucket, ids)], -1 for an empty row) that hold no token."""
     positions = sum(bucket.tokens * len(ids) for bucket, ids in batches)
-    return 1 - sum(int(lengths.tokens[ids].sum()) for _, ids in batches) / positions
+    return 1 - sum(int(lengths.tokens[ids[ids >= 0]].sum()) for _, ids in batches) / positions
 
 
 def local_rows(ids: np.ndarray, *, micro_batch_size: int, num_shards: int, shards: range) -> np.ndarray:

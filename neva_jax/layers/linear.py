@@ -6,7 +6,6 @@ from flax import nnx
 
 from neva_jax.layers.initializers import normal, zeros
 
-
 NORMAL = normal(0.02)
 
 

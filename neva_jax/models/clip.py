@@ -38,6 +38,13 @@ class ClipVisionConfig:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     dtype: str = "float32"
 
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+            raise UserError(
+                f"a vision tower of hidden_size {self.hidden_size} with {self.num_attention_heads} heads, on pictures of {self.image_size} in patches of "
+                f"{self.patch_size}: each must divide; change model.mm_cfg.vision_encoder's hidden_size, num_attention_heads, crop_size or patch_dim"
+            )
+
     @property
     def num_computed_layers(self) -> int:
         layers = self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
@@ -66,7 +73,9 @@ class ClipBlock(nnx.Module):
             dim, num_heads=heads, head_dim=dim // heads, attend=attend, is_causal=False, bias=True, out_name="out_proj", std=deep, out_std=dim**-0.5, rngs=rngs
         )
         self.layer_norm2 = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)
-        self.mlp = MLP(dim, config.ffn_hidden_size, activation=HIDDEN_ACTS[config.hidden_act], gated=False, bias=True, std=(2 * dim) ** -0.5, out_std=deep, rngs=rngs)
+        self.mlp = MLP(
+            dim, config.ffn_hidden_size, activation=HIDDEN_ACTS[config.hidden_act], gated=False, bias=True, std=(2 * dim) ** -0.5, out_std=deep, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array, side) -> jax.Array:
         x = x + self.self_attn(self.layer_norm1(x))

@@ -96,11 +96,9 @@ WARMED = {  # the formula once warmup is over; before, lr * (t + 1) / (W + 1), a
 SCHEDULES = (*WARMED, "NoamAnnealing")
 
 
-def make_schedule(name: str | None, schedule: Schedule):
-    """-> function of t -> learning rate. None: constant."""
+def make_schedule(name: str, schedule: Schedule):
+    """-> function of t -> learning rate."""
     s = schedule
-    if name is None:
-        return lambda t: s.lr
     if name == "NoamAnnealing":
         return lambda t: _noam(s, t)
     if name not in WARMED:

@@ -81,7 +81,8 @@ def test_every_hidden_state_and_gradients(tmp_path, name):
         model.config = dataclasses.replace(config.vision, select_layer=0)
         start = model(media)
         model.config = config.vision
-        return jnp.sum(model(media) * weight), (jnp.concatenate([start[None], layers]), model(media))
+        last = model(media)
+        return jnp.sum(last * weight), (jnp.concatenate([start[None], layers]), last)
 
     (_, (layers, last)), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(layers, states, atol=1e-5)

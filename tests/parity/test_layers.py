@@ -172,7 +172,7 @@ def test_attend(kv_heads, is_causal, scale):
 def test_padded_rows_of_attention_are_finite():
     """Rows without a single valid position come with incomplete batches; a NaN there would reach the gradients of all."""
     x, segments = normal(2, 5, 2, 8), np.array([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], np.int32)
-    value, grads = jax.value_and_grad(lambda x: jnp.sum(jnp.square(attend(x, x, x, jnp.asarray(segments), is_causal=True))))(jnp.asarray(x))
+    value, grads = jit(jax.value_and_grad(lambda x: jnp.sum(jnp.square(attend(x, x, x, jnp.asarray(segments), is_causal=True)))))(x)
     assert np.isfinite(value) and np.isfinite(grads).all()
 
 
@@ -184,7 +184,7 @@ def test_recomputed_attention_gives_the_same_numbers():
         return jax.grad(lambda x: jnp.sum(jnp.square(kernel(x, x, x, segments, is_causal=True, scale=0.5))))
 
     assert "remat" in str(jax.make_jaxpr(gradient(recomputed))(x)) and "remat" not in str(jax.make_jaxpr(gradient(attend))(x))
-    np.testing.assert_allclose(gradient(recomputed)(x), gradient(attend)(x), atol=1e-6)
+    np.testing.assert_allclose(jit(gradient(recomputed))(x), jit(gradient(attend))(x), atol=1e-6)
 
 
 @pytest.mark.parametrize(
