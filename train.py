@@ -62,8 +62,7 @@ def main(config) -> dict[str, float]:
         if meta["global_batch_size"] != size:
             raise UserError(f"model.global_batch_size was {meta['global_batch_size']} and is {size}: the data order would not continue; restore it")
         state = checkpoints.restore(first_step, abstract_state)
-        targets = {path: model.target(path) for path in model.weights if path not in model.rows}
-        frozen, _ = hub.load_weights(targets, hub.open_base(run, model.config))
+        frozen = hub.load_base(run, {path: model.target(path) for path in model.weights if path not in model.rows}, model.config)
         log.info(f"resumed at global_step={first_step}, consumed_samples={first_step * size}")
     else:
         first_step = 0

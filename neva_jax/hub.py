@@ -62,7 +62,7 @@ def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[
     if not path.is_dir():
         raise UserError(f"{field}: no directory {path}; expected a run of this program or a Hugging Face model directory (nothing is downloaded)")
     if is_run(path):
-        return open_run(path, config)
+        return open_run(path, config, parts)
     if (path / "config.json").exists():
         source = HuggingFaceSource(path, config, parts)
         if not source.paths:
@@ -71,23 +71,32 @@ def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[
     raise UserError(f"{field}: {path} is neither a run (config.json and checkpoints/) nor a Hugging Face model directory (config.json and *.safetensors)")
 
 
-def open_run(run: Path, config: NevaConfig) -> list:
+def open_run(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
     """The newest checkpoint's trainable weights first, then what the run stands on."""
     steps = sorted((int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()), reverse=True)
     if not steps:
         raise UserError(f"{run}: this run has no checkpoint yet")
-    return [SavedTree(run / "checkpoints" / str(steps[0]) / "trainable"), *open_base(run, config)]
+    return [SavedTree(run / "checkpoints" / str(steps[0]) / "trainable", parts), *open_base(run, config, parts)]
 
 
-def open_base(run: Path, config: NevaConfig) -> list:
+def open_base(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
     """The sources that a run's base.json names; a published one must still be what it was."""
     base = read_base(run)
-    sources: list = [SavedTree(run / "base")] if base["copied"] else []
+    sources: list = [SavedTree(run / "base", parts)] if base["copied"] else []
     for entry in base["published"]:
         if not Path(entry["directory"]).is_dir() or headers_digest(entry["directory"]) != entry["digest"]:
             raise UserError(f"{run}: stands on the weights in {entry['directory']}, which are gone or have changed since; put them back")
-        sources.append(HuggingFaceSource(Path(entry["directory"]), config, tuple(entry["parts"])))
+        if wanted := tuple(part for part in entry["parts"] if part in parts):
+            sources.append(HuggingFaceSource(Path(entry["directory"]), config, wanted))
     return sources
+
+
+def load_base(run: Path, targets: dict[str, jax.ShapeDtypeStruct], config: NevaConfig) -> dict[str, jax.Array]:
+    """The frozen weights of a run that is resumed."""
+    arrays, _ = load_weights(targets, open_base(run, config))
+    if missing := sorted(targets.keys() - arrays.keys()):
+        raise UserError(f"{run}: the run trained {some(missing)} and is now asked to freeze it; restore the freeze fields, or start a new run")
+    return arrays
 
 
 def load_weights(targets: dict[str, jax.ShapeDtypeStruct], sources: list) -> tuple[dict[str, jax.Array], dict[str, object]]:

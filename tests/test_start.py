@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 from helpers import randomise
-from runs import logged, run, saved
+from runs import assert_same, logged, run, saved
 
 import train
-from configs import finetune, pretrain
+from configs import finetune, pretrain, quickstart
 from configs.quickstart import DIGITS
 from neva_jax import config as library
 from neva_jax.convert import hf
@@ -98,3 +98,22 @@ def test_the_same_seed_gives_the_same_start(tmp_path):
         run(tmp_path / name, trainer__max_steps=3)
     assert logged(tmp_path / "a", "reduced_train_loss", "grad_norm") == logged(tmp_path / "b", "reduced_train_loss", "grad_norm")
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), saved(tmp_path / "a", "trainable"), saved(tmp_path / "b", "trainable")))
+
+
+def test_the_quickstarts_stages_follow_one_another(tmp_path, monkeypatch):
+    """Three steps each; what the stages reach when they run whole is in the README."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("towers", "pretrain", "finetune"):
+        config = quickstart.get_config(stage)
+        for path, value in {"trainer.max_steps": 3, "model.optim.sched.warmup_steps": 1, "trainer.limit_val_batches": 1, "evaluation.questions": None}.items():
+            library.assign(config, path, value)
+        library.check(config)
+        train.main(config.lock())
+    runs = tmp_path / "nemo_experiments"
+    towers, projector = saved(runs / "quickstart_towers", "trainable"), saved(runs / "quickstart_pretrain", "trainable")
+    assert projector.keys() == {path for path in towers if path.startswith("projector/")}
+    assert np.abs(projector["projector/0/kernel"] - towers["projector/0/kernel"]).max() > 1e-3, "a new projector, not the towers' own"
+    assert_same(saved(runs / "quickstart_pretrain", "base"), {path: array for path, array in towers.items() if not path.startswith("projector/")})
+    assert {path.split("/")[0] for path in saved(runs / "quickstart_finetune", "trainable")} == {"projector", "llm"}
+    with pytest.raises(UserError, match="no stage 'finetuning'"):
+        quickstart.get_config("finetuning")

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 SEED = 0
 SIDE, SLOT = 32, 16  # pixels of a picture and of one of its four slots
 NUM_HELD_OUT = 297  # of 1,797 scans
-SHARES = {1: 0.7, 2: 0.25, 3: 0.05}  # digits in a picture -> share of the pictures
+SHARES = {1: 0.55, 2: 0.4, 3: 0.05}  # digits in a picture -> share of the pictures
 NUM = {"train": {"picture": 4800, "pair": 400, "text": 300}, "test": {"picture": 300, "pair": 25, "text": 0}}
 VOCAB_SIZE = 376  # enough for every word of the data to be one piece; with the special pieces 384
 SPECIAL = [f"<extra_id_{i}>" for i in range(8)]
@@ -55,11 +55,11 @@ QUESTIONS = {
     "text_after": ("What comes after {x}?", "Which number comes after {x}?"),
     "text_before": ("What comes before {next}?", "Which number comes before {next}?"),
 }
-KINDS = {
-    "one": ("which", "count", "parity", "above_four"),
-    "several": ("which", "count", "first", "last", "largest", "smallest"),
-    "pair": ("pair_first", "pair_second", "pair_both"),
-    "text": ("text_larger", "text_smaller", "text_parity", "text_after", "text_before"),
+KINDS = {  # subject: sets of questions that one conversation asks; no answer of a set about several digits can be read off another
+    "one": [("which", "count", "parity", "above_four")],
+    "several": [("which", "count"), ("first", "last", "count"), ("largest", "smallest", "count")],
+    "pair": [("pair_both",), ("pair_first", "pair_second")],
+    "text": [("text_larger", "text_smaller", "text_parity", "text_after", "text_before")],
 }
 CAPTION_QUESTIONS = ("Describe the picture.", "Describe the picture briefly.", "Write a caption for the picture.", "What can be seen in the picture?")
 
@@ -153,8 +153,8 @@ def turns(*rounds: tuple[str, str]) -> list[dict]:
 
 
 def conversation(subject: str, digits: list[int] | None, num_images: int, rng: Generator) -> dict:
-    """Three to five questions of different kinds about a subject (a key of KINDS); digits None: each question is about two digits of its own."""
-    kinds = rng.permutation(KINDS[subject])[: rng.integers(3, 6)].tolist()
+    """Up to five questions of different kinds about a subject (a key of KINDS); digits None: each question is about two digits of its own."""
+    kinds = rng.permutation(pick(KINDS[subject], rng)).tolist()
     rounds = [ask(kind, digits or rng.choice(10, 2, replace=False).tolist(), rng) for kind in kinds]
     if num_images:
         rounds[0] = tagged(rounds[0][0], num_images, rng), rounds[0][1]

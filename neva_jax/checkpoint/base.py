@@ -19,9 +19,10 @@ class SavedTree:
 
     published = None
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, parts: tuple[str, ...]):
+        """parts: what to take of it, e.g. ("llm",)."""
         self.directory = Path(directory)
-        self.shapes = saved_paths(self.directory)
+        self.shapes = {path: shape for path, shape in saved_paths(self.directory).items() if path.split("/")[0] in parts}
 
     def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         for path, target in targets.items():

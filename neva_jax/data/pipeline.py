@@ -18,6 +18,7 @@ from neva_jax.data.example import Example, Examples
 from neva_jax.data.plan import Bucket, local_rows
 from neva_jax.data.tokenize import IGNORE
 from neva_jax.data.workers import birthplace
+from neva_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,21 @@ class _RowSource:
         return (int(self.ids[chosen]) if chosen >= 0 else -1), bucket
 
 
-def load_row(examples: Examples, item: tuple[int, Bucket]) -> tuple[Example | None, Bucket]:
+def load_row(examples: Examples, item: tuple[int, Bucket]) -> tuple[Example | UserError | None, Bucket]:
+    """An error travels as a value: one that is raised in a worker makes Grain tear down its processes, in a race with the end of the program."""
     index, bucket = item
-    return (examples[index] if index >= 0 else None), bucket
+    try:
+        return (examples[index] if index >= 0 else None), bucket
+    except UserError as error:
+        return error, bucket
 
 
-def collate(width: int, no_media: np.ndarray, items: list[tuple[Example | None, Bucket]]) -> dict[str, np.ndarray]:
-    """Rows of one global batch -> the batch, padded to its bucket."""
+def collate(width: int, no_media: np.ndarray, items: list[tuple[Example | UserError | None, Bucket]]) -> dict[str, np.ndarray] | UserError:
+    """Rows of one global batch -> the batch, padded to its bucket; or the first row's error that has one."""
     bucket = items[0][1]
+    for example, _ in items:
+        if isinstance(example, UserError):
+            return example
     rows = [pad_example(example, bucket, no_media) for example, _ in items]
     return {name: np.stack([row[name] for row in rows]).reshape(len(rows) // width, width, *rows[0][name].shape) for name in rows[0]}
 
@@ -104,19 +112,25 @@ def batches(examples: Examples, plan, rows: Rows, *, ids: np.ndarray, start: int
         .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
     )
     if not num_workers:
-        return iter(dataset)
+        return map(_checked, dataset)
     if not flags.FLAGS.is_parsed():  # Grain asks absl for settings of its workers, which raises in a program that never parsed absl's own flags
         flags.FLAGS.mark_as_parsed()
     return _from_workers(dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2), worker_init_fn=_enter_worker))
 
 
+def _checked(batch: dict[str, np.ndarray] | UserError) -> dict[str, np.ndarray]:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
 def _from_workers(dataset):
-    with birthplace():  # Grain imports JAX in its workers; none of them may take a device
-        iterator = iter(dataset)
-        batch = next(iterator, None)  # all workers run by the time one of them has given a batch
-    with contextlib.closing(iterator):
+    with contextlib.ExitStack() as stack:
+        with birthplace():  # Grain imports JAX in its workers; none of them may take a device
+            iterator = stack.enter_context(contextlib.closing(iter(dataset)))
+            batch = next(iterator, None)  # all workers run by the time one of them has given a batch
         while batch is not None:
-            yield {name: np.array(array) for name, array in batch.items()}  # Grain's lie in shared memory, which is to be free again soon
+            yield {name: np.array(array) for name, array in _checked(batch).items()}  # Grain's lie in shared memory, which is to be free again soon
             batch = next(iterator, None)
 
 
