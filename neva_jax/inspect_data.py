@@ -1,7 +1,7 @@
 """Look at the data as the model will see it: python -m neva_jax.inspect_data --config configs/quickstart.py --show 3 [--json]
 
-Prints the first records: their text with what is learnt in green, what media vectors replace in grey, then ids and labels. It reads no picture and never stops at
-a defective record: the record says what is wrong with it.
+Prints the first records: their text with what is learnt in green, what media vectors replace in grey, then ids and labels. It reads no picture and
+never stops at a defective record: the record says what is wrong with it.
 """
 
 import json

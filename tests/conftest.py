@@ -1,4 +1,5 @@
-"""Tests run on the CPU with 8 fake devices, compiled quickly rather than well; it is said before JAX starts. They find the repository's modules (configs, train) by path."""
+"""Tests run on the CPU with 8 fake devices, compiled quickly rather than well; that is said before JAX starts. They find the modules of the
+repository (configs, train) by path."""
 
 import os
 import sys

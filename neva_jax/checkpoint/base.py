@@ -1,5 +1,5 @@
-"""The frozen weights a run stands on. A run never needs a file of another run: what it takes frozen from one, or from a random start, it copies into its own `base/`;
-weights in a published format (Hugging Face) stay where they are and are recorded by path, size and hash of headers.
+"""The frozen weights a run stands on. A run never needs a file of another run: what it takes frozen from one, or from a random start, it copies into its
+own `base/`; weights in a published format (Hugging Face) stay where they are and are recorded by path, size and hash of headers.
 
 `base.json`: {"copied": [paths], "published": [{"directory", "digest", "paths"}]}.
 """
@@ -27,7 +27,7 @@ class SavedTree:
     def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         for path, target in targets.items():
             if self.shapes[path] != target.shape:
-                raise UserError(f"{self.directory}: {path} has the shape {list(self.shapes[path])}, the config makes it {list(target.shape)}; the model differs")
+                raise UserError(f"{self.directory}: {path} has the shape {list(self.shapes[path])}, the config says {list(target.shape)}")
         return load_tree(self.directory, targets)
 
 

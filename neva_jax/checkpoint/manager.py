@@ -1,7 +1,7 @@
 """A run's checkpoints, by Orbax: asynchronous, atomic, the newest always kept beside the best `save_top_k`.
 
-A step holds three items, so that each can be read without the others: `trainable` (weights by path), `optimizer` (moments and counters) and `meta` (JSON: global_step,
-consumed_samples, config). Frozen weights are not in it; see `base`.
+A step holds three items, so that each can be read without the others: `trainable` (weights by path), `optimizer` (moments and counters) and `meta` (JSON:
+global_step, consumed_samples, global_batch_size, architecture). Frozen weights are not in it; see `base`.
 """
 
 import logging
@@ -63,7 +63,8 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(f"{self.directory / str(step)}: cannot be restored ({str(error).splitlines()[0][:300]}); remove it to resume from an older one") from error
+            reason = str(error).splitlines()[0][:300]
+            raise UserError(f"{self.directory / str(step)}: cannot be restored ({reason}); remove it to resume from an older one") from error
         rest = with_leaves(rest, flatten(found["optimizer"]))
         return {"params": flatten(found["trainable"]), **rest}
 

@@ -53,7 +53,10 @@ def batch_sheet(batch: dict[str, np.ndarray], tokenizer, count: int = 8) -> np.n
 
 
 def evaluate(run: Path | None, generate, examples: Examples, *, batch_size: int, num_shown: int = 24) -> dict[str, float]:
-    """Asks every question of `examples`, writes evaluation.json and answers.png (wrong answers first) into the run, prints the accuracy and a few answers. run None: another process writes."""
+    """Asks every question of `examples`, writes evaluation.json and answers.png (wrong answers first) into the run and logs a few answers.
+
+    generate: see exact_match.answer. run None: another process writes.
+    """
     questions = list(exact_match.questions_of(examples))
     answers = exact_match.answer(generate, examples, questions, batch_size=batch_size)
     scores = exact_match.score(answers, questions)

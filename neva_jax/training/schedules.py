@@ -105,7 +105,7 @@ def make_schedule(name: str, schedule: Schedule):
         raise UserError(f"model.optim.sched.name {name!r} is unknown; known are {', '.join(SCHEDULES)}")
     if s.warmup_steps + s.constant_steps * (name == "CosineAnnealing") >= s.max_steps:
         raise UserError(
-            f"model.optim.sched: {s.warmup_steps} warmup and {s.constant_steps} constant steps leave nothing of {s.max_steps} steps; lower them or raise max_steps"
+            f"model.optim.sched: {s.warmup_steps} warmup and {s.constant_steps} constant steps leave nothing of {s.max_steps} steps; lower them"
         )
     from_zero = name == "CosineAnnealing" and s.constant_steps > 0
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop, agreed between processes: each puts its wish into the step's input, and every process reads the same answer from its metrics."""
+"""SIGTERM and SIGINT as a wish to stop, agreed between processes: each puts its wish into the step's input, and all read the same answer from its metrics."""
 
 import signal
 import threading

@@ -19,8 +19,10 @@ from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.step import init_state, make_eval_step, make_train_step
 from neva_jax.transforms.select import Row, describe, flatten, trainable
 
-LLM = LlamaConfig(vocab_size=300, padded_vocab_size=320, num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, head_dim=8,
-                  rope=Rope(8), init_std=0.2)  # fmt: skip
+LLM = LlamaConfig(
+    vocab_size=300, padded_vocab_size=320, num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1, head_dim=8,
+    rope=Rope(8), init_std=0.2,
+)  # fmt: skip
 VISION = ClipVisionConfig(hidden_size=12, ffn_hidden_size=16, num_layers=2, num_attention_heads=2, image_size=8, patch_size=4, select_layer=-2)
 CONFIG = NevaConfig(LLM, VISION, "mlp2x_gelu")
 ROWS = {"pretrain": [Row("^projector/")], "finetune": [Row("^projector/"), Row("^llm/")]}
