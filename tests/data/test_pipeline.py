@@ -220,17 +220,19 @@ def test_a_part_of_the_records(data):
 
 @pytest.fixture(scope="module")
 def watched(data, tmp_path_factory):
-    """The same batches from two workers, and what they noted about themselves. The parent says nothing about its own devices meanwhile."""
+    """The same batches from two workers, and what they noted about themselves, in a program with devices and a file of its own, as before behind it."""
     directory = tmp_path_factory.mktemp("watched")
     examples = digits(directory, processor=WatchedProcessor)
-    before = dict(os.environ)
-    os.environ.update(WATCHED=str(os.getpid()), WATCHED_IN=str(directory), CUDA_VISIBLE_DEVICES="0,1")
-    try:
+    program = directory / "program.py"
+    program.write_text("raise SystemExit('a worker imports the program')")
+    said = {"WATCHED": str(os.getpid()), "WATCHED_IN": str(directory), "CUDA_VISIBLE_DEVICES": "0,1", "JAX_PLATFORMS": "cuda,cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in said.items():
+            patch.setenv(name, value)
+        patch.setattr(sys.modules["__main__"], "__spec__", None)
+        patch.setattr(sys.modules["__main__"], "__file__", str(program), raising=False)
         found = read(examples, data[1], 0, 12, num_workers=2)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and os.environ.get("JAX_PLATFORMS") == before.get("JAX_PLATFORMS")
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+        assert {name: os.environ.get(name) for name in said} == said and sys.modules["__main__"].__file__ == str(program)
     return found, [json.loads(path.read_text()) for path in directory.glob("*.json")]
 
 

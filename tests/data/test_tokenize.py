@@ -81,6 +81,16 @@ def test_written_out(tokenizer, template, turns, expected):
     assert (labels == EOS).sum() == (len(answers) if template != "plain" else 0)
 
 
+def test_bytes_of_a_character():
+    """Llama spells an emoji in four byte pieces, of which sentencepiece says that three stand for nothing: all are learnt in an answer, none in a question."""
+    tokenizer = SentencePieceTokenizer(golden("tokenizer/llama2_neva.model"))
+    spelt, _ = tokenizer.encode("😀", start=False)
+    assert len(spelt) == 4
+    stream = made(tokenizer, "v1", (("human", "Who 😀"), ("gpt", "😀"), ("human", "😀"), ("gpt", "so 😀 so")))
+    starts = [i for i in range(len(stream.ids) - 3) if stream.ids[i : i + 4].tolist() == spelt]
+    assert [stream.supervised[i : i + 4].tolist() for i in starts] == [[False] * 4, [True] * 4, [False] * 4, [True] * 4]
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_ids_of_a_picture(tokenizer, template):
     """What stands in a picture's place is NeVA's: START, patches, END, and media vectors replace all of it, or only the patches with use_im_start_end."""

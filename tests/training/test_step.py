@@ -137,8 +137,9 @@ def equations(jaxpr):
     """Every equation, those inside scans and calls too."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            yield from equations(inner)
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(getattr(value, "jaxpr", value))
 
 
 def test_no_logits_beyond_a_chunk():

@@ -1,0 +1,69 @@
+"""Questions one by one, answers compared, sheets drawn."""
+
+import numpy as np
+import pytest
+
+from configs.quickstart import DIGITS
+from neva_jax.data.example import Examples
+from neva_jax.data.image import ImageProcessor
+from neva_jax.data.media import open_media
+from neva_jax.data.records import Records
+from neva_jax.data.tokenize import SpecialIds
+from neva_jax.data.tokenizer import SentencePieceTokenizer
+from neva_jax.evaluation import exact_match, show
+from neva_jax.evaluation.sheet import GREEN, WIDTH, sheet
+
+
+@pytest.fixture(scope="module")
+def examples():
+    tokenizer = SentencePieceTokenizer(DIGITS / "tokenizer.model")
+    return Examples(
+        sources=(Records(DIGITS / "test.json"),), media=open_media(DIGITS / "images.tar"), image_processor=ImageProcessor((32, 32), 32), tokenizer=tokenizer,
+        special=SpecialIds.of(tokenizer, "v1", use_im_start_end=False), template="v1", media_length=4, max_length=256,
+    )  # fmt: skip
+
+
+def test_every_question_is_asked_alone_with_its_pictures(examples):
+    questions = list(exact_match.questions_of(examples))
+    assert len(questions) == sum(len(examples.record(i).turns) // 2 for i in range(len(examples)))
+    for question in questions:
+        record = examples.record(question.index)
+        assert question.text.count("<image>") == len(record.images) == len(question.media)
+        assert question.text.startswith("<image>\n")
+
+
+def test_answers_come_back_in_order_and_are_scored(examples):
+    """A stand-in for a model that says how many pictures it was shown; then one that is right."""
+    questions = list(exact_match.questions_of(examples))[:40]
+    words = {n: examples.tokenizer.encode(f" {word}", start=False)[0] for n, word in ((1, "one"), (2, "two"))}
+
+    def count_pictures(batch, *, max_new_tokens, stop_id):
+        shown = [1 + (index.max() >= 4) for index in batch["media_index"]]
+        return np.array([(words[n] + [stop_id] * max_new_tokens)[:max_new_tokens] for n in shown])
+
+    answers = exact_match.answer(count_pictures, examples, questions, batch_size=16)
+    assert answers == [{1: "one", 2: "two"}[len(q.media)] for q in questions]
+    assert exact_match.score([q.truth for q in questions], questions) == {"accuracy": 100.0, "num_questions": 40}
+    assert exact_match.score([q.truth for q in questions[:10]] + ["?"] * 30, questions)["accuracy"] == 25.0
+
+
+def test_matching():
+    assert exact_match.matches(" Three and  nine. ", "three and nine")
+    assert not exact_match.matches("three", "three and nine")
+
+
+def test_sheets_show_pictures_and_colours(examples):
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    page = sheet([([picture], [("a long answer " * 20, GREEN)]), ([], [("no picture", GREEN)]), ([picture] * 2, [("x", GREEN)])], columns=2)
+    assert page.shape[1] == 2 * WIDTH and page.dtype == np.uint8
+    assert (page == 200).all(-1).sum() >= 3 * 100 * 100, "three pictures, enlarged"
+    assert ((page[..., 1].astype(int) - page[..., 0]) > 90).any(), "green words"
+
+
+def test_what_is_learnt_is_told_apart(examples):
+    stream = examples.stream(0)
+    runs = show.token_runs(stream.ids, stream.supervised, stream.media_index, examples.tokenizer)
+    record = examples.record(0)
+    learnt = [text for text, kind in runs if kind == "supervised"]
+    assert learnt == [f" {text}</s>" for role, text in record.turns if role == "gpt"]
+    assert [text for text, kind in runs if kind == "media"] == ["[4 media vectors]"] * len(record.images)
