@@ -98,13 +98,14 @@ def main(config) -> dict[str, float]:
     watch, clock = Watch(train.describe, max_bad_images=config.model.data.max_bad_images), Clock(first_step)
     log_interval, validation_interval, save_interval = build_run.intervals(config, train)
 
-    def finish(step: int, values: dict, lr: float, work: Work, extra=dict) -> dict[str, float]:
-        """Takes in the numbers of a step that is done -> its report, written if due or if there is something extra to say."""
+    def finish(step: int, values: dict, lr: float, work: Work, extra=None) -> dict[str, float]:
+        """Takes in the numbers of a step that is done -> its report, written if due. extra: what to measure now and report with it."""
         watch.read(step, values)
         clock.add(work)
-        if step % log_interval and extra is dict:
+        if step % log_interval and extra is None:
             return {}
-        report = {**watch.values, "lr": lr, "consumed_samples": step * size, **clock.rates(step, len(mesh.local_devices), peak), **extra()}
+        rates = clock.rates(step, len(mesh.local_devices), peak)
+        report = {**watch.values, "lr": lr, "consumed_samples": step * size, **rates, **(extra() if extra else {})}
         metrics.write(step, report)
         return report
 
@@ -120,7 +121,7 @@ def main(config) -> dict[str, float]:
         previous = step, values, lr, Work.of(batch, build_model.batch_flops(model, batch))
         validating = step % validation_interval == 0 or step == max_steps
         if validating or watch.stopping or (save_interval and step % save_interval == 0):
-            report = finish(*previous, extra=validate if validating and validation is not None else lambda: {})
+            report = finish(*previous, extra=validate if validating and validation is not None else dict)
             previous = None
             if save_interval:
                 meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config)}

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 HERE = Path(__file__).resolve().parent
 SEED = 0
 SIDE, SLOT, DIGIT = 32, 16, 14  # pixels of a picture, of one of its four slots, of a digit in the middle of its slot
-GREY, WHITE = 116, 255  # paper and ink: CLIP's normalisation makes this grey 0, so that only ink says something
+GREY, WHITE = 64, 255  # paper and ink: near the middle of what CLIP's normalisation expects, so that ink is what differs
 NUM_HELD_OUT = 297  # of 1,797 scans
 SHARES = {1: 0.55, 2: 0.4, 3: 0.05}  # digits in a picture -> share of the pictures
 NUM = {"train": {"picture": 4800, "pair": 600, "text": 300}, "test": {"picture": 300, "pair": 25, "text": 0}}

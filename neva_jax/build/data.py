@@ -1,0 +1,135 @@
+"""Records, order and batches that a config asks for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from neva_jax.build.model import image_processor
+from neva_jax.data.example import Examples
+from neva_jax.data.lengths import read_lengths
+from neva_jax.data.media import open_media
+from neva_jax.data.pipeline import Rows, batches
+from neva_jax.data.plan import FixedPlan, Lengths, Plan, make_buckets
+from neva_jax.data.records import Records
+from neva_jax.data.tokenize import SpecialIds
+from neva_jax.data.tokenizer import open_tokenizer
+from neva_jax.errors import UserError
+from neva_jax.models.multimodal import NevaConfig
+from neva_jax.parallel.mesh import batch_shards
+
+
+def build_tokenizer(config: ConfigDict):
+    t = config.model.tokenizer
+    return open_tokenizer(t.library, model=t.model, type=t.type)
+
+
+def build_examples(config: ConfigDict, tokenizer, neva_config: NevaConfig, data_path) -> Examples:
+    d = config.model.data
+    paths = (data_path,) if isinstance(data_path, str) else tuple(data_path or ())
+    if not paths or not all(paths):
+        raise UserError("model.data.data_path is not set; give a .json or .jsonl file of LLaVA records")
+    vocab = neva_config.llm.vocab_size
+    if tokenizer.vocab_size > vocab:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model {vocab} (model.override_vocab_size); unset it or raise it")
+    if neva_config.media_length > config.model.encoder_seq_length:
+        raise UserError(f"a picture takes {neva_config.media_length} positions and model.encoder_seq_length is {config.model.encoder_seq_length}; raise it")
+    return Examples(
+        sources=tuple(Records(path, d.cache_dir) for path in paths),
+        media=open_media(d.image_folder) if d.image_folder else None,
+        image_processor=image_processor(config),
+        tokenizer=tokenizer,
+        special=SpecialIds.of(tokenizer, d.conv_template, use_im_start_end=config.model.mm_cfg.use_im_start_end),
+        template=d.conv_template,
+        media_length=neva_config.media_length,
+        max_length=config.model.encoder_seq_length,
+        max_media=d.max_media,
+        on_bad_image=d.on_bad_image,
+    )
+
+
+@dataclasses.dataclass
+class Split:
+    """Records, the plan over some of them (ids: which), and this process' rows."""
+
+    examples: Examples
+    lengths: Lengths
+    ids: np.ndarray
+    plan: object
+    rows: Rows
+    global_batch_size: int
+    num_workers: int
+
+    def batches(self, start: int, stop: int):
+        """Global batches start .. stop-1, as Grain makes them (see data/pipeline.py)."""
+        return batches(
+            self.examples, self.plan, self.rows, ids=self.ids, start=start, stop=stop, global_batch_size=self.global_batch_size, num_workers=self.num_workers
+        )
+
+    def describe(self, batch: int, count: int = 8) -> str:
+        """The records of a global batch, in words."""
+        ids = self.ids[self.plan[batch][1]]
+        return ", ".join(self.examples.where(int(i)) for i in ids[:count]) + (f" and {len(ids) - count} more" if len(ids) > count else "")
+
+
+def build_data(config: ConfigDict, tokenizer, neva_config: NevaConfig, mesh: Mesh) -> tuple[Split, Split | None]:
+    """-> (training, validation or None). Validation has its own file, or a share of the training records that training never sees."""
+    m, d = config.model, config.model.data
+    examples = build_examples(config, tokenizer, neva_config, d.data_path)
+    lengths = read_lengths(examples, examples.sources[0].cache_dir, d.num_workers)
+    ids = np.arange(len(examples))
+    held_out = None
+    if isinstance(d.validation, float):
+        order = np.random.default_rng([m.seed, 0, 2]).permutation(ids)
+        count = max(1, round(d.validation * len(ids)))
+        held_out, ids = (examples, lengths, np.sort(order[:count])), np.sort(order[count:])
+    elif d.validation:
+        other = build_examples(config, tokenizer, neva_config, d.validation)
+        held_out = other, read_lengths(other, other.sources[0].cache_dir, d.num_workers), np.arange(len(other))
+    if len(ids) == 0:
+        raise UserError("model.data.data_path: no record is left to train on")
+    rows = Rows(m.micro_batch_size, batch_shards(mesh), local_shards(mesh))
+    size, once = m.global_batch_size, d.dataloader_type == "single"
+    if once and len(ids) < size:
+        raise UserError(f"model.data.dataloader_type single passes once over the data, and {len(ids)} records do not fill a global batch of {size}")
+    mine = lengths.select(ids)
+    plan = Plan(None if once else m.seed, mine, size, make_buckets(mine, d.buckets), d.length_grouping, once)
+    train = Split(examples, mine, ids, plan, rows, size, d.num_workers)
+    if held_out is None or config.trainer.limit_val_batches == 0:
+        return train, None
+    other, lengths, ids = held_out
+    mine = lengths.select(ids)
+    return train, Split(other, mine, ids, FixedPlan(mine, size, make_buckets(mine, d.buckets)), rows, size, 0)
+
+
+def local_shards(mesh: Mesh) -> range:
+    """The data shards (of data x fsdp) whose rows this process reads."""
+    shards = sorted({int(d) * mesh.shape["fsdp"] + int(f) for (_, d, f, _), device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()})
+    if shards != list(range(shards[0], shards[-1] + 1)):
+        raise UserError(f"this process holds the data shards {shards}, which are not neighbours; choose tensor and fsdp sizes that divide the devices of a process")
+    return range(shards[0], shards[-1] + 1)
+
+
+def num_steps(config: ConfigDict, train: Split) -> int:
+    """Optimizer steps of the whole run: max_steps, max_epochs or one pass, whichever ends first."""
+    limits = [config.trainer.max_steps] if config.trainer.max_steps > 0 else []
+    if config.trainer.max_epochs > 0:
+        limits.append(config.trainer.max_epochs * len(train.ids) // train.global_batch_size)
+    if train.plan.num_batches is not None:
+        limits.append(train.plan.num_batches)
+    return min(limits)
+
+
+def num_validation_batches(config: ConfigDict, validation: Split) -> int:
+    """`limit_val_batches`: a count of global batches, or a share (float) of them."""
+    limit, there = config.trainer.limit_val_batches, validation.plan.num_batches
+    return max(1, int(limit * there)) if isinstance(limit, float) else there if limit is None else min(limit, there)
+
+
+def describe_data(train: Split, validation: Split | None, max_steps: int) -> str:
+    shapes = ", ".join(f"T {b.tokens} K {b.supervised} N {b.media}" for b in train.plan.args[3])
+    held = f"{len(validation.ids)} records for validation" if validation else "no validation records (model.data.validation)"
+    epochs = max_steps * train.global_batch_size / len(train.ids)
+    return f"{len(train.ids)} training records, {held}; {max_steps} steps of {train.global_batch_size} are {epochs:.2f} epochs; buckets: {shapes}"

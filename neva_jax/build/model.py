@@ -1,0 +1,219 @@
+"""The model that a config asks for, described but not built: its numbers, what of it trains, where each weight lives."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from neva_jax.build.weights import weight_paths
+from neva_jax.convert import hf
+from neva_jax.data.image import ImageProcessor
+from neva_jax.errors import UserError
+from neva_jax.fields import VISION
+from neva_jax.hub import is_run
+from neva_jax.layers.attention import make_attend
+from neva_jax.layers.rope import Rope
+from neva_jax.models.clip import ClipVisionConfig
+from neva_jax.models.llama import LlamaConfig
+from neva_jax.models.multimodal import NevaConfig, neva
+from neva_jax.parallel.layer_runner import make_runner
+from neva_jax.parallel.sharding import weight_sharding
+from neva_jax.training.flops import row_flops
+from neva_jax.transforms.select import Row, Weight, describe, flatten, trainable
+
+log = logging.getLogger(__name__)
+
+UNDOCUMENTED = ("num_layers", "num_attention_heads", "ffn_hidden_size", "layernorm_epsilon", "hidden_act")  # of the tower: NeMo reads them from the weights
+
+COMPUTE = {"32": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
+
+
+def neva_config(config: ConfigDict, vocab_size: int) -> NevaConfig:
+    """Shapes and numbers of the model. Architecture comes from the config alone, as NeMo has it; what the weights' own config.json says is compared with it."""
+    m = config.model
+    compute = COMPUTE[str(config.trainer.precision)]
+    head_dim = m.kv_channels or m.hidden_size // m.num_attention_heads
+    vocab_size = m.override_vocab_size or vocab_size
+    multiple = m.make_vocab_size_divisible_by
+    scaling = (m.rope_scaling_factor, m.rope_low_freq_factor, m.rope_high_freq_factor, m.rope_original_max_position_embeddings)
+    rope = Rope(head_dim, m.rotary_base, m.rotary_percentage, m.seq_len_interpolation_factor or 1.0, scaling if m.scale_positional_embedding else None)
+    llm = LlamaConfig(
+        vocab_size=vocab_size, padded_vocab_size=-(-vocab_size // multiple) * multiple, num_layers=m.num_layers, hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size, num_attention_heads=m.num_attention_heads, num_query_groups=m.num_query_groups or m.num_attention_heads,
+        head_dim=head_dim, rope=rope, normalization=m.normalization, layernorm_epsilon=m.layernorm_epsilon, activation=m.activation,
+        openai_gelu=m.openai_gelu, bias=m.bias, qkv_bias=m.qkv_bias, tied=m.share_embeddings_and_output_weights,
+        attention_scale=None if m.normalize_attention_scores else 1.0, init_std=m.init_method_std,
+        output_init_std=m.init_method_std / math.sqrt(2 * m.num_layers) if m.use_scaled_init_method else m.init_method_std,
+        dtype=compute, residual_dtype="float32" if m.fp32_residual_connection else compute,
+        residual_axes=("batch", "sequence" if m.sequence_parallel and m.tensor_model_parallel_size > 1 else "length", None),
+    )  # fmt: skip
+    if llm.padded_vocab_size % m.tensor_model_parallel_size:
+        raise UserError(
+            f"model.tensor_model_parallel_size {m.tensor_model_parallel_size} does not divide the padded vocabulary {llm.padded_vocab_size}; "
+            "make model.make_vocab_size_divisible_by a multiple of it"
+        )
+    projector = m.mm_cfg.mm_mlp_adapter_type
+    result = NevaConfig(llm, _vision_config(config, compute), projector)
+    _compare_llm(config, result)
+    return result
+
+
+def _vision_config(config: ConfigDict, compute: str) -> ClipVisionConfig:
+    """The tower. What NeMo documents (sizes) must agree with its weights; what it does not (depth, heads, ...) is read from them."""
+    v = config.model.mm_cfg.vision_encoder
+    if v.crop_size[0] != v.crop_size[1]:
+        raise UserError(f"model.mm_cfg.vision_encoder.crop_size {tuple(v.crop_size)}: CLIP's tower takes square pictures")
+    fields = {
+        "hidden_size": v.hidden_size, "ffn_hidden_size": v.ffn_hidden_size, "num_layers": v.num_layers, "num_attention_heads": v.num_attention_heads,
+        "image_size": v.crop_size[0], "patch_size": v.patch_dim, "hidden_act": v.hidden_act, "layernorm_epsilon": v.layernorm_epsilon,
+    }  # fmt: skip
+    for _, directory, parts in weight_paths(config):
+        theirs = _tower_of(Path(directory)) if "vision_encoder" in parts else None
+        if theirs:
+            names = {"hidden_size": "hidden_size", "image_size": "crop_size", "patch_size": "patch_dim"}
+            different = [f"{VISION}.{ours} is {fields[name]}, the tower has {theirs[name]}" for name, ours in names.items() if fields[name] != theirs[name]]
+            if different:
+                raise UserError(f"{directory}: {'; '.join(different)}; set the fields to what the tower has")
+            fields = theirs
+            v.update({name: fields[name] for name in UNDOCUMENTED})  # so that config.json says what this run's tower is
+            break
+    processor = image_processor(config)
+    return ClipVisionConfig(
+        **fields, select_layer=v.vision_select_layer, keep_class_token=v.vision_select_feature == "cls_patch", image_mean=processor.mean,
+        image_std=processor.std, dtype=compute,
+    )  # fmt: skip
+
+
+def _tower_of(directory: Path) -> dict | None:
+    """ClipVisionConfig's fields of the tower in a directory of weights; None if there is none."""
+    if is_run(directory):
+        saved = json.loads((directory / "config.json").read_text())["model"]["mm_cfg"]["vision_encoder"]
+        sizes = {"hidden_size": saved["hidden_size"], "image_size": saved["crop_size"][0], "patch_size": saved["patch_dim"]}
+        return sizes | {name: saved[name] for name in UNDOCUMENTED}
+    vision = hf.read_config(directory)["vision"]
+    return hf.vision_fields(vision) if vision else None
+
+
+def _compare_llm(config: ConfigDict, ours: NevaConfig) -> None:
+    names = {
+        "num_layers": "num_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "ffn_hidden_size", "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_query_groups", "head_dim": "kv_channels", "layernorm_epsilon": "layernorm_epsilon", "tied": "share_embeddings_and_output_weights",
+        "bias": "bias",
+    }  # fmt: skip
+    for field, directory, parts in weight_paths(config):
+        if "llm" not in parts or is_run(Path(directory)) or not hf.read_config(directory)["text"]:
+            continue
+        theirs = hf.text_fields(hf.read_config(directory)["text"])
+        different = {f"model.{ours_name}": (getattr(ours.llm, name), theirs[name]) for name, ours_name in names.items() if getattr(ours.llm, name) != theirs[name]}
+        if ours.llm.activation.removeprefix("fast-") != theirs["activation"].removeprefix("fast-"):
+            different["model.activation"] = (ours.llm.activation, theirs["activation"])
+        rope = {"rotary_base": "base", "rotary_percentage": "percentage", "seq_len_interpolation_factor": "interpolation"}
+        for ours_name, name in rope.items():
+            if getattr(ours.llm.rope, name) != getattr(theirs["rope"], name):
+                different[f"model.{ours_name}"] = (getattr(ours.llm.rope, name), getattr(theirs["rope"], name))
+        if ours.llm.rope.llama3 != theirs["rope"].llama3:
+            different["model.scale_positional_embedding"] = (ours.llm.rope.llama3 is not None, theirs["rope"].llama3 is not None)
+        if different:
+            listed = "; ".join(f"{name} is {ours}, the weights have {theirs}" for name, (ours, theirs) in different.items())
+            flags = " ".join(f"--config.{name}={theirs}" for name, (_, theirs) in different.items())
+            raise UserError(f"{field}: {directory} is another model: {listed}; add {flags}")
+
+
+@dataclasses.dataclass
+class Model:
+    """graphdef and weights ({path: Weight}) describe the model; make() builds it (traced only); rows: what trains, {path: row}; shardings: {path: NamedSharding}."""
+
+    config: NevaConfig
+    graphdef: nnx.GraphDef
+    weights: dict[str, Weight]
+    make: object
+    rows: dict[str, Row]
+    shardings: dict[str, jax.sharding.NamedSharding]
+    frozen_dtype: object
+
+    def target(self, path: str) -> jax.ShapeDtypeStruct:
+        """Masters of what trains are fp32; frozen weights are stored as they are computed with."""
+        dtype = jnp.float32 if path in self.rows else self.frozen_dtype
+        return jax.ShapeDtypeStruct(self.weights[path].shape, dtype, sharding=self.shardings[path])
+
+    def random(self, paths: list[str]) -> dict[str, jax.Array]:
+        """Weights born random, each on its devices; XLA drops what is not asked for."""
+        targets = {path: self.target(path) for path in paths}
+
+        def build():
+            flat = flatten(nnx.to_pure_dict(nnx.state(self.make())))
+            return {path: flat[path].astype(target.dtype) for path, target in targets.items()}
+
+        return jax.jit(build, out_shardings={path: target.sharding for path, target in targets.items()})() if paths else {}
+
+
+def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Model:
+    m = config.model
+    platform, selective = mesh.devices.flat[0].platform, m.activations_checkpoint_granularity == "selective"
+    attend = functools.partial(make_attend, platform=platform, use_flash_attention=m.use_flash_attention)
+    llm_attend, kernel = attend(dtype=neva_config.llm.dtype, head_dim=neva_config.llm.head_dim, recompute=selective)
+    vision = neva_config.vision
+    vision_attend, vision_kernel = attend(dtype=vision.dtype, head_dim=vision.hidden_size // vision.num_attention_heads)
+    log.info(f"attention: {kernel} (language model), {vision_kernel} (vision tower)")
+    runner = make_runner(m.activations_checkpoint_granularity, m.activations_checkpoint_method, m.activations_checkpoint_num_layers)
+
+    def make():
+        return neva(neva_config, rngs=nnx.Rngs(m.seed), llm_attend=llm_attend, vision_attend=vision_attend, runner=runner)
+
+    graphdef, weights = describe(make)
+    shardings = {path: weight_sharding(path, weight.shape, weight.axes, mesh) for path, weight in weights.items()}
+    rows = trainable(weights, trainable_rows(config))
+    return Model(neva_config, graphdef, weights, make, rows, shardings, jnp.dtype(neva_config.llm.dtype))
+
+
+def trainable_rows(config: ConfigDict) -> list[Row]:
+    """`model.trainable`, or what NeMo's freeze fields mean: the projector always trains."""
+    m = config.model
+    if m.trainable is not None:
+        return [Row(*row) for row in m.trainable]
+    rows = [Row(r"^projector/")] if m.mm_cfg.mm_mlp_adapter_type != "identity" else []
+    rows += [] if m.mm_cfg.llm.freeze else [Row(r"^llm/")]
+    if not m.mm_cfg.vision_encoder.freeze:
+        log.warning("model.mm_cfg.vision_encoder.freeze=False trains the tower here; NeMo 1.x ran it without gradients all the same")
+        rows += [Row(r"^vision_encoder/")]
+    return rows
+
+
+def image_processor(config: ConfigDict) -> ImageProcessor:
+    """The tower's own preprocessor where its directory has one, else CLIP's at crop_size; the aspect is the config's."""
+    v = config.model.mm_cfg.vision_encoder
+    crop, aspect = tuple(v.crop_size), config.model.data.image_aspect_ratio
+    for field, directory, parts in weight_paths(config):
+        processor = ImageProcessor.from_pretrained(directory) if "vision_encoder" in parts else None
+        if processor is not None:
+            if tuple(processor.crop_size) != crop:
+                raise UserError(f"model.mm_cfg.vision_encoder.crop_size is {crop}, the preprocessor of {field} {directory} crops to {tuple(processor.crop_size)}; set it to that")
+            return dataclasses.replace(processor, aspect=aspect)
+    return ImageProcessor(crop_size=crop, shortest_edge=min(crop), aspect=aspect)
+
+
+def batch_flops(model: Model, batch: dict) -> float:
+    """Model FLOPs of this process' rows of a global batch."""
+    micro_batches, rows, tokens = batch["tokens"].shape
+    shape = {"tokens": tokens, "supervised": batch["supervised_positions"].shape[2], "media": batch["media"].shape[2]}
+    return micro_batches * rows * row_flops(model.config, **shape, trained={path.split("/")[0] for path in model.rows})
+
+
+def describe_parts(model: Model) -> str:
+    """One line a part: weights, how many of them train, and at what share of the learning rate."""
+    lines = []
+    for part in ("vision_encoder", "projector", "llm"):
+        paths = [path for path in model.weights if path.split("/")[0] == part]
+        count = sum(math.prod(model.weights[path].shape) for path in paths)
+        trains = sum(math.prod(model.weights[path].shape) for path in paths if path in model.rows)
+        factors = sorted({model.rows[path].lr_factor for path in paths if path in model.rows})
+        lines.append(f"{part}: {count:,} weights, {trains:,} train" + (f" at {', '.join(map(str, factors))} x the learning rate" if trains else ""))
+    return "; ".join(lines)

@@ -1,0 +1,128 @@
+"""What a run is made of besides its model and data: directory, devices, optimizer, state, checkpoints, intervals."""
+
+import datetime
+import functools
+import logging
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from neva_jax.build.data import Split
+from neva_jax.build.model import Model
+from neva_jax.checkpoint.manager import Checkpoints
+from neva_jax.config import check_parallel
+from neva_jax.errors import UserError
+from neva_jax.parallel.mesh import make_mesh
+from neva_jax.parallel.sharding import also_over_data, replicated
+from neva_jax.training.optimizer import SHARDED_OVER_DATA, make_optimizer
+from neva_jax.training.schedules import Schedule, make_schedule
+from neva_jax.training.step import init_state
+
+log = logging.getLogger(__name__)
+
+ACCUMULATE = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def log_dir(config: ConfigDict) -> Path:
+    """NeMo's exp_manager rule: explicit_log_dir, or exp_dir/name[/version]; a run that is to resume has no version of its own."""
+    c = config.exp_manager
+    if c.explicit_log_dir:
+        directory = Path(c.explicit_log_dir)
+    else:
+        version = c.version or os.environ.get("NEMO_EXPM_VERSION")
+        directory = Path(c.exp_dir or "nemo_experiments") / (c.name or config.name or "default")
+        if version is None and not c.resume_if_exists:
+            taken = sum(1 for p in directory.glob("version_*")) if directory.is_dir() else 0
+            version = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S") if c.use_datetime_version else f"version_{taken}"
+        directory = directory / version if version else directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        field = "exp_manager.explicit_log_dir" if c.explicit_log_dir else "exp_manager.exp_dir"
+        raise UserError(f"{field}: cannot write into {directory} ({error.strerror}); give a directory that can be written") from None
+    return directory
+
+
+def build_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of `trainer.devices x num_nodes` devices. Fewer devices in the machine than asked for are an error, more are left alone with a warning."""
+    present, wanted = jax.device_count(), config.trainer.devices
+    count = present if wanted in (-1, "auto") else wanted * config.trainer.num_nodes
+    if count > present:
+        raise UserError(f"trainer.devices x trainer.num_nodes asks for {count} devices, JAX sees {present} ({jax.devices()[0].platform}); set trainer.devices={present}")
+    if count < present:
+        log.warning(f"{present} devices are here and {count} are used; trainer.devices=-1 takes all")
+    check_parallel(config, count)
+    return make_mesh(fsdp=config.model.fsdp_parallel_size, tensor=config.model.tensor_model_parallel_size, devices=jax.devices()[:count])
+
+
+def build_optimizer(config: ConfigDict, model: Model):
+    """-> (optax transformation, schedule: step -> learning rate)."""
+    o, s = config.model.optim, config.model.optim.sched
+    max_steps = config.trainer.max_steps if config.trainer.max_steps > 0 else s.max_steps
+
+    def steps(name: str) -> int:
+        ratio = s[f"{name}_ratio"]
+        return int(ratio * max_steps) if ratio else s[f"{name}_steps"] or 0
+
+    optimizer = make_optimizer(
+        o.name, model.rows, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, decay_all=config.model.do_layer_norm_weight_decay
+    )
+    schedule = Schedule(
+        lr=o.lr, max_steps=max_steps, warmup_steps=steps("warmup"), constant_steps=steps("constant"), hold_steps=steps("hold"), min_lr=s.min_lr,
+        power=s.power, decay_rate=s.decay_rate, d_model=s.d_model or config.model.hidden_size,
+    )  # fmt: skip
+    return optimizer, make_schedule(s.name, schedule)
+
+
+def abstract_state(config: ConfigDict, model: Model, optimizer, mesh: Mesh) -> dict:
+    """The state of training/step.py as ShapeDtypeStructs with shardings: moments live with their weights, or split over data too (ZeRO-1)."""
+    params = {path: model.target(path) for path in model.rows}
+    over_data = config.model.optim.name in SHARDED_OVER_DATA
+
+    def place(path, leaf):
+        weight = next((p for p in (getattr(k, "key", None) for k in path) if p in params), None)
+        sharding = params[weight].sharding if weight else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=also_over_data(sharding, leaf.shape) if weight and over_data else sharding)
+
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
+    state = {name: jax.tree_util.tree_map_with_path(place, tree) for name, tree in state.items()}
+    return state | {"params": params}
+
+
+def intervals(config: ConfigDict, train: Split) -> tuple[int, int, int]:
+    """-> steps between log lines, validations, checkpoints (0: none). A float val_check_interval is a share of an epoch."""
+    interval = config.trainer.val_check_interval
+    if isinstance(interval, float):
+        interval = max(1, int(interval * len(train.ids) / train.global_batch_size))
+    every = config.exp_manager.checkpoint_callback_params.every_n_train_steps or interval
+    return config.trainer.log_every_n_steps, interval, every if config.exp_manager.create_checkpoint_callback else 0
+
+
+def build_checkpoints(config: ConfigDict, run: Path) -> Checkpoints:
+    c = config.exp_manager.checkpoint_callback_params
+    return Checkpoints(c.dirpath or run / "checkpoints", monitor=c.monitor, mode=c.mode, save_top_k=c.save_top_k, save_last=c.save_last)
+
+
+def resume_step(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> int | None:
+    """The step to resume this run from, None to start afresh."""
+    c, step = config.exp_manager, checkpoints.latest_step()
+    if not c.resume_if_exists:
+        if step is not None:
+            raise UserError(f"{run} holds a run at global_step={step} already; set exp_manager.resume_if_exists=True to continue it, or another exp_manager.name")
+        return None
+    if step is None and not c.resume_ignore_no_checkpoint:
+        raise UserError(f"{run}: no checkpoint to resume from; set exp_manager.resume_ignore_no_checkpoint=True to start afresh")
+    return step
+
+
+def compiler_options(config: ConfigDict, mesh: Mesh) -> dict:
+    """What the step is compiled with; deterministic: the same bits every run on a GPU too."""
+    on_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return {"xla_gpu_deterministic_ops": True} if config.trainer.deterministic and on_gpu else {}
