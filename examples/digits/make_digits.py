@@ -23,7 +23,7 @@ SEED = 0
 SIDE, SLOT, DIGIT = 32, 16, 14  # pixels of a picture, of one of its four slots, of a digit in the middle of its slot
 GREY, WHITE = 64, 255  # paper and ink: near the middle of what CLIP's normalisation expects, so that ink is what differs
 NUM_HELD_OUT = 297  # of 1,797 scans
-SHARES = {1: 0.55, 2: 0.4, 3: 0.05}  # digits in a picture -> share of the pictures
+SHARES = {1: 0.6, 2: 0.35, 3: 0.05}  # digits in a picture -> share of the pictures
 NUM = {"train": {"picture": 4800, "pair": 600, "text": 300}, "test": {"picture": 300, "pair": 25, "text": 0}}
 VOCAB_SIZE = 376  # enough for every word of the data to be one piece; with the special pieces 384
 SPECIAL = [f"<extra_id_{i}>" for i in range(8)]
@@ -41,8 +41,6 @@ QUESTIONS = {
     "parity": ("Is the digit even or odd?", "Is this digit odd or even?"),
     "above_four": ("Is the digit greater than four?", "Is this digit more than four?"),
     # of a picture of several digits
-    "first": ("Which digit comes first?", "What is the first digit?"),
-    "last": ("Which digit comes last?", "What is the last digit?"),
     "largest": ("Which digit is the largest?", "What is the largest digit?"),
     "smallest": ("Which digit is the smallest?", "What is the smallest digit?"),
     # of two pictures of one digit each
@@ -58,7 +56,7 @@ QUESTIONS = {
 }
 KINDS = {  # subject: sets of questions that one conversation asks; no answer of a set about several digits can be read off another
     "one": [("which", "count", "parity", "above_four")],
-    "several": [("which", "count"), ("first", "last"), ("first", "last", "count"), ("largest", "smallest", "count")],
+    "several": [("which", "count"), ("largest", "smallest", "count")],
     "pair": [("pair_both",), ("pair_first", "pair_second"), ("pair_first", "pair_second")],
     "text": [("text_larger", "text_smaller", "text_parity", "text_after", "text_before")],
 }
@@ -125,8 +123,6 @@ def ask(kind: str, digits: list[int], rng: Generator) -> tuple[str, str]:
         "count": WORDS[len(digits)],
         "parity": "odd" if x % 2 else "even",
         "above_four": "yes" if x > 4 else "no",
-        "first": WORDS[x],
-        "last": WORDS[y],
         "largest": WORDS[max(digits)],
         "smallest": WORDS[min(digits)],
         "pair_first": WORDS[x],

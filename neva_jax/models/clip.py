@@ -39,10 +39,10 @@ class ClipVisionConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size:
+        if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"a vision tower of hidden_size {self.hidden_size} with {self.num_attention_heads} heads, on pictures of {self.image_size} in patches of "
-                f"{self.patch_size}: each must divide; change model.mm_cfg.vision_encoder's hidden_size, num_attention_heads, crop_size or patch_dim"
+                f"a vision tower of hidden_size {self.hidden_size} cannot have {self.num_attention_heads} heads of equal width; "
+                "change model.mm_cfg.vision_encoder.hidden_size or num_attention_heads"
             )
 
     @property
@@ -88,7 +88,7 @@ class ClipVision(nnx.Module):
         self.config, self.runner = config, runner
         self.class_embedding = nnx.Param(normal(dim**-0.5)(rngs.params(), (dim,)), axes=(None,))
         self.patch_embedding = Linear(config.patch_size**2 * 3, dim, axes=(None, "embed"), bias=False, rngs=rngs)
-        self.position_embedding = Embedding(config.grid**2 + 1, dim, axes=(None, "embed"), rngs=rngs)
+        self.position_embedding = Embedding(config.grid**2 + 1, dim, axes=(None, "embed"), init=normal(dim**-0.5), rngs=rngs)
         self.pre_layrnorm = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)  # sic: CLIP's own spelling
         self.layers = stack(lambda rngs: ClipBlock(config, attend, rngs=rngs), config.num_layers, rngs=rngs)
         self.post_layernorm = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)
