@@ -106,9 +106,10 @@ def build_data(config: ConfigDict, tokenizer, neva_config: NevaConfig, mesh: Mes
 
 def local_shards(mesh: Mesh) -> range:
     """The data shards (of data x fsdp) whose rows this process reads."""
-    shards = sorted({int(d) * mesh.shape["fsdp"] + int(f) for (_, d, f, _), device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()})
+    mine = [place for place, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()]
+    shards = sorted({data * mesh.shape["fsdp"] + fsdp for _, data, fsdp, _ in mine})
     if shards != list(range(shards[0], shards[-1] + 1)):
-        raise UserError(f"this process holds the data shards {shards}, which are not neighbours; choose tensor and fsdp sizes that divide the devices of a process")
+        raise UserError(f"this process holds the data shards {shards}, which are not neighbours; choose a tensor parallel size that divides its devices")
     return range(shards[0], shards[-1] + 1)
 
 

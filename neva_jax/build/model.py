@@ -105,14 +105,16 @@ def _tower_of(directory: Path) -> dict | None:
 def _compare_llm(config: ConfigDict, ours: NevaConfig) -> None:
     names = {
         "num_layers": "num_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "ffn_hidden_size", "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_query_groups", "head_dim": "kv_channels", "layernorm_epsilon": "layernorm_epsilon", "tied": "share_embeddings_and_output_weights",
+        "num_query_groups": "num_query_groups", "head_dim": "kv_channels", "layernorm_epsilon": "layernorm_epsilon",
+        "tied": "share_embeddings_and_output_weights",
         "bias": "bias",
     }  # fmt: skip
     for field, directory, parts in weight_paths(config):
         if "llm" not in parts or is_run(Path(directory)) or not hf.read_config(directory)["text"]:
             continue
         theirs = hf.text_fields(hf.read_config(directory)["text"])
-        different = {f"model.{ours_name}": (getattr(ours.llm, name), theirs[name]) for name, ours_name in names.items() if getattr(ours.llm, name) != theirs[name]}
+        pairs = {f"model.{ours_name}": (getattr(ours.llm, name), theirs[name]) for name, ours_name in names.items()}
+        different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         if ours.llm.activation.removeprefix("fast-") != theirs["activation"].removeprefix("fast-"):
             different["model.activation"] = (ours.llm.activation, theirs["activation"])
         rope = {"rotary_base": "base", "rotary_percentage": "percentage", "seq_len_interpolation_factor": "interpolation"}
@@ -129,7 +131,7 @@ def _compare_llm(config: ConfigDict, ours: NevaConfig) -> None:
 
 @dataclasses.dataclass
 class Model:
-    """graphdef and weights ({path: Weight}) describe the model; make() builds it (traced only); rows: what trains, {path: row}; shardings: {path: NamedSharding}."""
+    """graphdef and weights ({path: Weight}) describe the model; make() builds it (traced only); rows: what trains, {path: row}; shardings: {path: where}."""
 
     config: NevaConfig
     graphdef: nnx.GraphDef
@@ -195,7 +197,7 @@ def image_processor(config: ConfigDict) -> ImageProcessor:
         processor = ImageProcessor.from_pretrained(directory) if "vision_encoder" in parts else None
         if processor is not None:
             if tuple(processor.crop_size) != crop:
-                raise UserError(f"model.mm_cfg.vision_encoder.crop_size is {crop}, the preprocessor of {field} {directory} crops to {tuple(processor.crop_size)}; set it to that")
+                raise UserError(f"{VISION}.crop_size is {crop}, the preprocessor of {field} {directory} crops to {tuple(processor.crop_size)}; set it to that")
             return dataclasses.replace(processor, aspect=aspect)
     return ImageProcessor(crop_size=crop, shortest_edge=min(crop), aspect=aspect)
 

@@ -55,7 +55,8 @@ def build_mesh(config: ConfigDict) -> Mesh:
     present, wanted = jax.device_count(), config.trainer.devices
     count = present if wanted in (-1, "auto") else wanted * config.trainer.num_nodes
     if count > present:
-        raise UserError(f"trainer.devices x trainer.num_nodes asks for {count} devices, JAX sees {present} ({jax.devices()[0].platform}); set trainer.devices={present}")
+        platform = jax.devices()[0].platform
+        raise UserError(f"trainer.devices x trainer.num_nodes asks for {count} devices, JAX sees {present} ({platform}); set trainer.devices={present}")
     if count < present:
         log.warning(f"{present} devices are here and {count} are used; trainer.devices=-1 takes all")
     check_parallel(config, count)
@@ -115,7 +116,7 @@ def resume_step(config: ConfigDict, run: Path, checkpoints: Checkpoints) -> int 
     c, step = config.exp_manager, checkpoints.latest_step()
     if not c.resume_if_exists:
         if step is not None:
-            raise UserError(f"{run} holds a run at global_step={step} already; set exp_manager.resume_if_exists=True to continue it, or another exp_manager.name")
+            raise UserError(f"{run} holds a run at global_step={step} already; set exp_manager.resume_if_exists=True to continue it, or give another name")
         return None
     if step is None and not c.resume_ignore_no_checkpoint:
         raise UserError(f"{run}: no checkpoint to resume from; set exp_manager.resume_ignore_no_checkpoint=True to start afresh")

@@ -29,7 +29,7 @@ def weight_paths(config: ConfigDict) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
-    """A fresh run's weights, for a build.model.Model -> (params, frozen, {path: source}). What no source has is born random, which for a frozen part is an error."""
+    """A fresh run's weights, for a build.model.Model -> (params, frozen, {path: source}). What no source has is born random: for a frozen part an error."""
     sources = [s for field, path, parts in weight_paths(config) for s in open_weights(path, model.config, field, parts)]
     arrays, origin = load_weights({path: model.target(path) for path in model.weights}, sources)
     missing = [path for path in model.weights if path not in arrays]
@@ -37,7 +37,8 @@ def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
     if frozen_parts and not config.model.mm_cfg.allow_random_frozen:
         fields = {"llm": "model.mm_cfg.llm.from_pretrained", "vision_encoder": "model.mm_cfg.vision_encoder.from_pretrained"}
         named = " and ".join(f"{part} (set {fields.get(part, 'model.restore_from_path')})" for part in frozen_parts)
-        raise UserError(f"frozen without weights: {named}; a frozen part that starts random learns nothing: give its weights, or set model.mm_cfg.allow_random_frozen=True")
+        advice = "a frozen part that starts random learns nothing: give its weights, or set model.mm_cfg.allow_random_frozen=True"
+        raise UserError(f"frozen without weights: {named}; {advice}")
     for part in sorted({path.split("/")[0] for path in missing}):
         log.info(f"{part}: {sum(path.startswith(part + '/') for path in missing)} weights start random")
     arrays |= model.random(missing)
