@@ -22,9 +22,9 @@ DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 
 STAGES = {  # name: steps
     "all": 1200,
-    "towers": 500,
-    "pretrain": 250,
-    "finetune": 700,
+    "towers": 200,
+    "pretrain": 300,
+    "finetune": 600,
 }
 
 
