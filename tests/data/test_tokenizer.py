@@ -4,18 +4,18 @@ import concurrent.futures
 import pickle
 
 import pytest
-import tokenizers
+import tokenizer_files
 from helpers import ROOT, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
+from tokenizer_files import BYTE_LEVEL_CONTROLS
 
 from neva_jax.data.tokenizer import SentencePieceTokenizer, open_tokenizer
 from neva_jax.errors import UserError
 
 DIGITS = ROOT / "examples" / "digits" / "tokenizer.model"
 CONTROLS = ("<s>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(8)))
-BYTE_LEVEL_CONTROLS = ("<|begin_of_text|>", "<|eot_id|>", "<|image|>", "<extra_id_4>", "<extra_id_5>")
 
 
 def open_sentencepiece(name):
@@ -29,19 +29,9 @@ def sentencepiece(request):
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
-    """A Hugging Face directory like Llama-3's: byte-level BPE, special tokens, a post-processor that trims spaces off spans, and NeVA's tokens added by
-    somebody who did not say that they are special."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=list(BYTE_LEVEL_CONTROLS[:3]), show_progress=False)
-    tokenizer.train_from_iterator(["USER: what is it? ASSISTANT: yes, it is the one"] * 3, trainer)
-    tokenizer.add_tokens([tokenizers.AddedToken(name, special=False) for name in BYTE_LEVEL_CONTROLS[3:]])
     directory = tmp_path_factory.mktemp("byte_level")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return open_tokenizer("huggingface", model=None, type=str(directory))
+    tokenizer_files.byte_level().save(str(directory / "tokenizer.json"))
+    return open_tokenizer("huggingface", type=str(directory))
 
 
 @pytest.fixture(scope="module", params=["digits", "llama2", "byte_level"])
@@ -79,6 +69,58 @@ def test_text_never_becomes_a_control_token(any_tokenizer):
         assert covered == len(text)
 
     check()
+
+
+def ids_of_pieces(tokenizer, text, pieces):
+    """ids of `text` and then of [(control token, text behind it), ...], encoded as a template's pieces are."""
+    ids = tokenizer.encode(text, start=True)[0] if text or not pieces else [*tokenizer.prefix_ids]
+    for name, behind in pieces:
+        ids += [tokenizer.id_of(name), *tokenizer.encode(behind, start=tokenizer.restarts)[0]]
+    return ids
+
+
+IM = ("<im_start>", "<im_end>")
+WAYS = {  # options, control tokens, whether text behind them begins with a prefix again
+    "nemo": ({}, CONTROLS[-2:], False),
+    "nemo, one more token": ({"legacy": True, "added": ["<image>"]}, CONTROLS[-2:], False),
+    "nemo legacy": ({"legacy": True, "added": IM}, IM, True),
+    "huggingface legacy": ({"style": "huggingface", "legacy": True, "added": IM}, ("</s>", *IM), True),
+    "huggingface": ({"style": "huggingface", "legacy": False, "added": IM}, ("</s>", *IM), False),
+}
+
+
+@pytest.mark.parametrize("name", ["digits", "llama2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_join_to_the_whole(name, way, tmp_path):
+    """Around control tokens the ids of plain text are those that the original program finds in the whole string; and they read as it."""
+    options, controls, restarts = WAYS[way]
+    path = open_sentencepiece(name).path
+    if way == "nemo legacy":
+        path = without_user_defined(path, tmp_path / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(path, **options)
+    assert tokenizer.restarts == restarts and set(controls) - {"</s>"} <= set(tokenizer.special)
+    parts = ["yes", " ", "  ", "\n", "ASSISTANT:", "7", "<", "a", *(["▁", "é", "😀", "a\u0301"] if name == "llama2" else [])]
+    plain = st.lists(st.sampled_from(parts), max_size=5).map("".join)
+
+    @given(plain, st.lists(st.tuples(st.sampled_from(controls), plain), max_size=4))
+    @settings(max_examples=200, deadline=None)
+    def check(text, pieces):
+        joined = text + "".join(name + behind for name, behind in pieces)
+        ids = ids_of_pieces(tokenizer, text, pieces)
+        assert ids == tokenizer.whole(joined)
+        if tokenizer.unk_id not in ids:
+            assert tokenizer.decode(ids) == joined.replace("▁", " ")
+
+    check()
+
+
+def without_user_defined(source, target):
+    model = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())
+    kept = [piece for piece in model.pieces if piece.type != model.SentencePiece.USER_DEFINED]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    target.write_bytes(model.SerializeToString())
+    return target
 
 
 def test_encode_is_the_model_s_own(sentencepiece):
@@ -129,6 +171,8 @@ def test_spaces_of_a_model_that_squeezes_them(tmp_path):
     )
     tokenizer = SentencePieceTokenizer(tmp_path / "squeezing.model")
     assert "  two" not in tokenizer.decode(SentencePieceProcessor(str(tokenizer.path)).encode("one  two"))
+    slow = SentencePieceTokenizer(tokenizer.path, style="huggingface", legacy=False)  # its legacy False is there to keep a space behind a control token
+    assert slow.whole("</s> two") == [2, *slow.encode(" two", start=False)[0]] != slow.whole("</s>two") and slow.whole("one▁▁two") == slow.whole("one  two")
     for start in (True, False):
         ids, spans = tokenizer.encode("  one  two ", start=start)
         assert tokenizer.decode(ids).endswith("one  two ")
@@ -136,20 +180,33 @@ def test_spaces_of_a_model_that_squeezes_them(tmp_path):
         assert [tokenizer.decode([id]).strip() for id in ids] == [part.strip() for part in shown] and "".join(shown) == "  one  two "
 
 
-# ---- Hugging Face
+def test_tokens_behind_the_vocabulary(tmp_path):
+    path = without_user_defined(DIGITS, tmp_path / "tokenizer.model")
+    plain, size = SentencePieceTokenizer(path), SentencePieceTokenizer(path).vocab_size
+    assert plain.special == () and not plain.restarts and plain.pad_id is None and not plain.adds_bos
+    legacy = SentencePieceTokenizer(path, legacy=True, added=("<b>", "<s>", "<a>"), roles={"bos_token": "<a>", "pad_token": "<b>"})
+    assert (legacy.vocab_size, legacy.bos_id, legacy.pad_id, legacy.eos_id, legacy.special) == (size + 2, size + 1, size, 2, ("<b>", "<a>"))
+    slow = SentencePieceTokenizer(path, style="huggingface", added=("<b>",), roles={"pad_token": "<b>"})
+    assert (slow.vocab_size, slow.bos_id, slow.eos_id, slow.unk_id, slow.pad_id, slow.adds_bos) == (size + 1, 1, 2, 0, size, True)
+    assert slow.special == ("<s>", "</s>", "<unk>", "<b>") and slow.decode([1, *slow.encode("yes", start=False)[0], size, 2]) == "<s>yes<b></s>"
+    assert len({t.fingerprint for t in (plain, legacy, slow)}) == 3
 
 
-def test_byte_level(byte_level):
-    assert byte_level.decode([byte_level.bos_id, byte_level.eos_id]) == "<|begin_of_text|><|eot_id|>"
-    assert byte_level.id_of("<extra_id_4>") == byte_level.vocab_size - 2 and byte_level.id_of("<extra_id_6>") is None and byte_level.prefix_ids == []
-    text = "é😀 <extra_id_4><|eot_id|> yes  "
-    assert byte_level.decode(byte_level.encode(text, start=True)[0]) == text
+def test_a_prefix_that_the_model_does_not_have(tmp_path):
+    """transformers' legacy False writes it itself."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(DIGITS.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = False
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    for style, legacy, prefixed in (("nemo", False, False), ("huggingface", True, False), ("huggingface", False, True)):
+        tokenizer = SentencePieceTokenizer(tmp_path / "tokenizer.model", style=style, legacy=legacy)
+        assert tokenizer.encode("yes", start=True)[0] == tokenizer.whole("yes") and tokenizer.prefix_ids == []
+        assert (tokenizer.whole("yes") == SentencePieceTokenizer(DIGITS).whole("yes")) == prefixed
 
 
-def test_directory_with_sentencepiece(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(DIGITS.read_bytes())
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert isinstance(open_tokenizer("huggingface", model=None, type=str(tmp_path)), SentencePieceTokenizer)
+def test_a_token_that_is_no_piece():
+    """Says which, and the command that adds it."""
+    message = refused(SentencePieceTokenizer, DIGITS, added=("<extra_id_3>", "<image>", "<pad>"))
+    assert "has no piece <image>, <pad>;" in message and f"--input {DIGITS} --output NEW.model --tokens '<image>,<pad>'" in message
 
 
 # ---- Files that are none
@@ -169,16 +226,15 @@ def test_cut_off_sentencepiece_model(tmp_path):
     assert "not a sentencepiece model" in refused(SentencePieceTokenizer, path)
 
 
-@pytest.mark.parametrize("content", [b'{"model": "ByteLevel"}', b'"ByteLevel"', b"\xff\"ByteLevel\""])
+@pytest.mark.parametrize("content", [b'{"model": "ByteLevel"}', b'"ByteLevel"', b'\xff"ByteLevel"', b'{"model": {"type": "BPE", "byte_fallback": true}}'])
 def test_not_a_tokenizer_json(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    assert "is not a tokenizer.json" in refused(open_tokenizer, "huggingface", model=None, type=str(tmp_path))
+    message = refused(open_tokenizer, "huggingface", type=str(tmp_path))
+    assert str(tmp_path / "tokenizer.json") in message and message.startswith("model.tokenizer.type: ")
 
 
 def test_nothing_there(tmp_path):
-    assert "no file" in refused(open_tokenizer, "sentencepiece", model=str(tmp_path / "no.model"), type=None)
-    assert "model.tokenizer.model is not set" in refused(open_tokenizer, "sentencepiece", model=None, type=None)
-    assert "model.tokenizer.type is not set" in refused(open_tokenizer, "huggingface", model=None, type=None)
-    assert "no tokenizer.json" in refused(open_tokenizer, "huggingface", model=None, type="meta-llama/Llama-2-7b-hf")
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "byte_fallback": true}}')
-    assert "not byte-level" in refused(open_tokenizer, "huggingface", model=None, type=str(tmp_path))
+    assert "no file" in refused(open_tokenizer, "sentencepiece", model=str(tmp_path / "no.model"))
+    assert "model.tokenizer.model is not set" in refused(open_tokenizer, "sentencepiece")
+    assert "model.tokenizer.type is not set" in refused(open_tokenizer, "huggingface")
+    assert "no tokenizer.json" in refused(open_tokenizer, "huggingface", type="meta-llama/Llama-2-7b-hf")
