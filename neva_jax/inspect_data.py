@@ -27,15 +27,16 @@ def records(config, count: int) -> list[dict]:
 
 
 def _record(examples, index: int) -> dict:
-    empty = {"index": index, "error": None, "text": "", "tokens": [], "labels": [], "loss_mask": [], "media_index": [], "num_media": 0, "runs": []}
+    empty = {"index": index, "error": None, "warning": None, "text": "", "tokens": [], "labels": [], "loss_mask": [], "media_index": [], "num_media": 0, "runs": []}
     try:
-        stream = examples.stream(index)
+        _, stream, note = examples.encoded(index)
     except UserError as error:
         return {**empty, "error": str(error)}
-    tokens, labels, media_index = shift(stream)
-    runs = token_runs(stream.ids, stream.supervised, stream.media_index, examples.tokenizer)
+    tokens, labels, media_index = shift(stream, examples.encoder.extra_token)
+    runs = token_runs(stream.ids, stream.supervised, stream.media_index, examples.encoder.tokenizer)
     return {
         **empty,
+        "warning": note or None,
         "text": "".join(text for text, _ in runs),
         "tokens": tokens.tolist(),
         "labels": labels.tolist(),

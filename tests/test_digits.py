@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 
-from neva_jax.data.records import parse_record
+from neva_jax.data.record import parse_record
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

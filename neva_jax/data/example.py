@@ -5,13 +5,14 @@ import hashlib
 
 import numpy as np
 
-from neva_jax.data.conversation import render
+from neva_jax.data.encoder import Encoded, Encoder
 from neva_jax.data.image import ImageProcessor
-from neva_jax.data.records import Record, Records, parse_record
-from neva_jax.data.tokenize import IGNORE, SpecialIds, Stream, encode, shift
-from neva_jax.errors import DataError, UserError
+from neva_jax.data.record import Record, adopt_img_tags
+from neva_jax.data.records import Records
+from neva_jax.data.tokenize import IGNORE, Stream, shift
+from neva_jax.errors import DataError
 
-FORMAT = 2  # of a record's ids; part of the fingerprint: raise it when a template, the way of encoding or the cut changes
+FORMAT = 3  # of a record's ids; part of the fingerprint: raise it when a template, the way of encoding or the cut changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,19 +28,14 @@ class Example:
 
 @dataclasses.dataclass
 class Examples:
-    """sources: record files, one behind the other; media: see `open_media`, or None where there are only texts; media_length: S, text positions that a
-    picture takes; max_length: T at most; on_bad_image: "raise" or "skip". Pickles small: a worker opens its own files.
+    """sources: record files, one behind the other; media: see `open_media`, or None where there are only texts; encoder: what makes ids of a record;
+    image_processor: called with a picture's bytes; on_bad_image: "raise" or "skip". Pickles small: a worker opens its own files.
     """
 
     sources: tuple[Records, ...]
     media: object
     image_processor: ImageProcessor
-    tokenizer: object
-    special: SpecialIds
-    template: str
-    media_length: int
-    max_length: int
-    max_media: int | None = None
+    encoder: Encoder
     on_bad_image: str = "raise"
 
     def __len__(self) -> int:
@@ -57,36 +53,27 @@ class Examples:
         source, i = self._locate(index)
         return source.where(i)
 
-    def record(self, index: int) -> Record:
+    def raw(self, index: int) -> dict:
+        """The record as its file has it; of JSONL, with NeVA's <img> tags taken in."""
         source, i = self._locate(index)
-        record = parse_record(source[i], where=source.where(i), max_media=self.max_media)
-        if record.images and self.media is None:
-            raise DataError(f"{source.where(i)}: image: names a picture, but model.data.image_folder is not set; set it to the folder or tar of the pictures")
-        return record
+        return adopt_img_tags(source[i]) if source.path.endswith(".jsonl") else source[i]
+
+    def record(self, index: int) -> Record:
+        """Checked strictly, in every mode."""
+        return self.encoder.parse(self.raw(index), self.where(index))
+
+    def encoded(self, index: int) -> Encoded:
+        """The record's ids, cut. An error if nothing supervised is left, in exact mode."""
+        return self.encoder(self.raw(index), self.where(index))
 
     def stream(self, index: int) -> Stream:
-        """The record's ids, cut to max_length + 1 (the last one is a target only). An error if nothing supervised is left."""
-        return self._encode(index, self.record(index))
-
-    def _encode(self, index: int, record: Record) -> Stream:
-        try:
-            pieces = render(self.template, record.turns, record.system)
-        except UserError as error:
-            raise DataError(f"{self.where(index)}: conversations: {error}") from None
-        whole = encode(pieces, self.tokenizer, self.special, self.media_length)
-        stream = whole.truncate(self.max_length + 1)
-        if not stream.supervised[1:].any():
-            cause = "empty answers?"
-            if stream is not whole:
-                cause = f"of its {len(whole.ids)} tokens the first {self.max_length} hold no answer; raise model.encoder_seq_length"
-            raise DataError(f"{self.where(index)}: conversations: no supervised token; {cause}")
-        return stream
+        return self.encoded(index).stream
 
     def __getitem__(self, index: int) -> Example:
-        record = self.record(index)
-        stream = self._encode(index, record)
-        tokens, labels, media_index = shift(stream)
-        names = record.images[: stream.num_media]
+        names, stream, _ = self.encoded(index)
+        if names and self.media is None:
+            raise DataError(f"{self.where(index)}: image: names a picture, but model.data.image_folder is not set; set it to the folder or tar of the pictures")
+        tokens, labels, media_index = shift(stream, self.encoder.extra_token)
         try:
             media = [self._picture(index, name) for name in names]
         except DataError:
@@ -110,6 +97,4 @@ class Examples:
 
     def fingerprint(self) -> str:
         """Of all that decides lengths: files, tokenizer, template, media length, limits. Not of pixels."""
-        files, special = [source.fingerprint for source in self.sources], dataclasses.astuple(self.special)
-        parts = [FORMAT, files, self.tokenizer.fingerprint, self.template, self.media_length, self.max_length, self.max_media, special]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        return hashlib.sha256(repr((FORMAT, [source.fingerprint for source in self.sources], self.encoder.fingerprint())).encode()).hexdigest()

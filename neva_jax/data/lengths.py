@@ -31,9 +31,12 @@ def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0
     except (ValueError, EOFError, OSError):  # the first time, or where a power cut left a name without bytes
         table = _make(examples, num_workers)
         _store(path, table)
-    cut = int(table[:, 3].sum())
+    cut, noted = int(table[:, 3].sum()), np.flatnonzero(table[:, 4])
     if cut:
-        log.warning(f"{cut} of {len(table)} records are longer than model.encoder_seq_length {examples.max_length} and lose the end of an answer")
+        log.warning(f"{cut} of {len(table)} records are longer than model.encoder_seq_length {examples.encoder.max_length} and lose the end of an answer")
+    if len(noted):
+        first = examples.encoded(int(noted[0])).note
+        log.warning(f"{len(noted)} of {len(table)} records are taken as model.data.compat {examples.encoder.compat} takes them, and exact mode refuses: {first}")
     return Lengths(table[:, 0], table[:, 1], table[:, 2])
 
 
@@ -50,11 +53,12 @@ def _make(examples: Examples, num_workers: int) -> np.ndarray:
 
 
 def _chunk(examples: Examples, chunk: range) -> np.ndarray:
-    """int32[n, 4]: tokens, supervised, media, whether answers were cut."""
+    """int32[n, 5]: tokens, supervised, media, whether answers were cut, whether exact mode would refuse the record."""
     rows = []
     for index in chunk:
-        stream = examples.stream(index)
-        rows.append((len(stream.ids) - 1, stream.supervised[1:].sum(), stream.num_media, stream.answers_cut))
+        stream, note = examples.encoded(index)[1:]
+        tokens = len(stream.ids) - examples.encoder.extra_token
+        rows.append((tokens, stream.supervised[1:].sum(), stream.num_media, stream.answers_cut, bool(note)))
     return np.array(rows, np.int32)
 
 

@@ -6,31 +6,20 @@ while in use (refused, because the ranges no longer fit).
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
 import secrets
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from neva_jax.data.record import RecordError, shown
 from neva_jax.data.scan import FORMAT, scan
 from neva_jax.errors import DataError
 
-IMAGE_TAG = "<image>"
 MAX_RECORD_BYTES = 64 * 2**20  # a longer one is a wrong file or a lost quote; NeVA's records are a few kilobytes
-ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-
-
-class RecordError(DataError):
-    """A defect of one record. field: its path in the record ("conversations[1].value", "" for the whole); kind: a word that scripts may count by."""
-
-    def __init__(self, message, field="", kind=""):
-        super().__init__(message)
-        self.field, self.kind = field, kind
 
 
 class Records:
@@ -76,7 +65,7 @@ class Records:
         except ValueError as error:
             raise self._refusal(index, str(error)) from None
         if not isinstance(record, dict):
-            raise self._refusal(index, f"found {_shown(record)}, expected an object with image and conversations")
+            raise self._refusal(index, f"found {shown(record)}, expected an object with image and conversations")
         return record
 
     def where(self, index) -> str:
@@ -149,7 +138,7 @@ def _without_duplicates(pairs):
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {_shown(next(key for key in keys if keys.count(key) > 1))} stands twice in one object; keep one")
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice in one object; keep one")
     return record
 
 
@@ -158,111 +147,3 @@ def _no_constant(name):
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-
-
-# ---- One record: dict in, checked and plain out
-
-@dataclass(frozen=True)
-class Record:
-    """images: names relative to the image folder, in the order of the tags. turns: (role, text), "human" and "gpt" by turns, human first.
-
-    system: None where the record says nothing, so that the template's own stands; "" asks for none.
-    """
-
-    images: tuple[str, ...]
-    turns: tuple[tuple[str, str], ...]
-    system: str | None = None
-
-
-def parse_record(record, *, where, max_media=None) -> Record:
-    """Checks one record and brings it into one form. Raises RecordError that opens with `where` (`Records.where(i)`).
-
-    Stricter than the originals where they train on something else than the file says: LLaVA drops a leading gpt turn, takes a missing picture's
-    tag as text, and lets a surplus tag eat the next sample's picture.
-    max_media: how many images a record may have; None: any number.
-    """
-    fail = functools.partial(_fail, where)
-    if not isinstance(record, dict):
-        fail("", "type", f"found {_shown(record)}, expected an object with image and conversations")
-    if record.get("video") is not None:
-        fail("video", "video", "videos are not supported; extract frames and list them under image")
-    images = _images(record.get("image"), fail)
-    system, turns = _turns(record.get("conversations"), fail)
-    if record.get("system") is not None:
-        if system is not None:
-            fail("system", "system", "stands beside a system turn; keep one of them")
-        system = _text(record["system"], "system", fail)
-    if IMAGE_TAG in (system or ""):
-        fail("system", "image_tag", f"found {IMAGE_TAG} in a system prompt; pictures belong to human turns")
-    tags = sum(text.count(IMAGE_TAG) for _, text in turns)  # answers have none
-    if tags != len(images):
-        fail("image", "image_count", f"{tags} {IMAGE_TAG} in the human turns but {len(images)} under image; write one tag for each image")
-    if max_media is not None and len(images) > max_media:
-        fail("image", "max_media", f"{len(images)} images, expected at most {max_media}; raise model.data.max_media or split the record")
-    return Record(images, turns, system)
-
-
-def _images(value, fail):
-    if value is None or value == "":
-        return ()
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list):
-        fail("image", "type", f"found {_shown(value)}, expected a name, a list of names or nothing")
-    for i, name in enumerate(names):
-        if _text(name, f"image[{i}]", fail) == "":
-            fail(f"image[{i}]", "empty", "an empty name; give the image's path or remove the entry")
-    return tuple(names)
-
-
-def _turns(value, fail):
-    """-> (system or None, ((role, text), ...))"""
-    if not isinstance(value, list) or not value:
-        fail("conversations", "empty" if value == [] else "type", f"found {_shown(value)}, expected a list of turns with from and value")
-    system, turns = None, []
-    for i, turn in enumerate(value):
-        field = f"conversations[{i}]"
-        if not isinstance(turn, dict):
-            fail(field, "type", f"found {_shown(turn)}, expected an object with from and value")
-        role, text = _text(turn.get("from"), f"{field}.from", fail), _text(turn.get("value"), f"{field}.value", fail)
-        if role == "system" and i == 0:
-            system = text
-            continue
-        if role not in ROLES:
-            fail(f"{field}.from", "role", f"found {_shown(role)}, expected human (user) or gpt (assistant), or system in the first turn")
-        role = ROLES[role]
-        if not turns and role == "gpt":
-            fail(f"{field}.from", "role_order", "the first turn is gpt's, expected human's; LLaVA and NeVA drop such a turn without a word: remove it")
-        if turns and turns[-1][0] == role:
-            fail(f"{field}.from", "role_order", f"two {role} turns in a row, expected human and gpt by turns; join or split them")
-        if role == "gpt" and not text.strip():
-            fail(f"{field}.value", "empty", "an empty answer; there is nothing to learn: remove the turn pair")
-        if role == "gpt" and IMAGE_TAG in text:
-            fail(f"{field}.value", "image_tag", f"found {IMAGE_TAG} in an answer; pictures belong to human turns")
-        turns.append((role, text))
-    if not any(role == "gpt" for role, _ in turns):
-        fail("conversations", "no_answer", "no gpt turn, expected at least one answer to learn")
-    return system, tuple(turns)
-
-
-def _text(value, field, fail):
-    if not isinstance(value, str):
-        fail(field, "type", f"found {_shown(value)}, expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        fail(field, "type", f"found half of a surrogate pair in {_shown(value)}, expected text; tokenizers and file systems cannot take it")
-    return value
-
-
-def _fail(where, field, kind, message):
-    raise RecordError(f"{where}: {field}: {message}" if field else f"{where}: {message}", field, kind)
-
-
-def _shown(value):
-    """A value in a few ASCII characters on one line, whatever is in it."""
-    if isinstance(value, dict):
-        return f"an object with {len(value)} keys"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    shown = json.dumps(value[:40] if isinstance(value, str) else value, default=repr)
-    return "nothing or null" if value is None else shown[:60]

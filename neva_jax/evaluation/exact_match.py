@@ -30,14 +30,16 @@ def questions_of(examples: Examples):
         record = examples.record(index)
         media = examples[index].media
         tags = f"{PLACEHOLDER}\n" * len(record.images)
-        for (_, question), (_, answer) in zip(record.turns[::2], record.turns[1::2], strict=False):
-            yield Question(index, tags + question.replace(PLACEHOLDER, "").strip(), answer, media)
+        for question, answer in zip(record.turns[::2], record.turns[1::2], strict=False):
+            yield Question(index, tags + question.text.replace(PLACEHOLDER, "").strip(), answer.text, media)
 
 
 def answer(generate, examples: Examples, questions: list[Question], *, batch_size: int = 64, max_new_tokens: int = 16) -> list[str]:
     """The model's answer to each question, asked alone under the examples' template. generate(batch, max_new_tokens=, stop_id=) -> ids: see inference/."""
-    template, tokenizer = TEMPLATES[examples.template], examples.tokenizer
-    stop_id = examples.special.eos if template.stop != "\n" else tokenizer.encode("\n", start=False)[0][-1]
+    encoder, tokenizer = examples.encoder, examples.encoder.tokenizer
+    stop = TEMPLATES[encoder.template].stop
+    stop_id = encoder.special.control(stop)
+    stop_id = tokenizer.encode(stop, start=False)[0][-1] if stop_id is None else stop_id
     prompts = [_prompt(examples, question) for question in questions]
     length = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // GRAIN) * GRAIN
     answers: list[str] = [""] * len(prompts)
@@ -56,8 +58,8 @@ def answer(generate, examples: Examples, questions: list[Question], *, batch_siz
 
 
 def _prompt(examples: Examples, question: Question) -> Example:
-    pieces = render(examples.template, (("human", question.text),))
-    stream = encode(pieces, examples.tokenizer, examples.special, examples.media_length)
+    encoder = examples.encoder
+    stream = encode(render(encoder.template, (("human", question.text),)), encoder.tokenizer, encoder.special, encoder.media_length)
     return Example(stream.ids, np.full(len(stream.ids), IGNORE, np.int32), stream.media_index, question.media)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neva_jax.data.records import Record, RecordError, parse_record
+from neva_jax.data.record import Record, RecordError, parse_record
 from neva_jax.errors import DataError
 
 
