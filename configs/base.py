@@ -189,7 +189,7 @@ def mm_cfg() -> dict:
         "llm": {
             "from_pretrained": null(str),  # a .nemo, a Hugging Face directory or a run: the language model's weights
             "freeze": True,
-            "model_type": "llama_2",  # v1, nvgpt, llama_2, llama_3, mistral: names the control tokens, and the conversation template unless that is set
+            "model_type": "llama_2",  # names the media tokens, and the conversation template unless data.conv_template is set
         },
         "vision_encoder": {
             "from_pretrained": null(str),  # a Hugging Face name or directory
@@ -259,6 +259,7 @@ def architecture() -> dict:
         "rope_high_freq_factor": 4.0,
         "rope_original_max_position_embeddings": 8192,
         "attention_type": "multihead",
+        "window_size": null(tuple),
         "share_embeddings_and_output_weights": False,
         "fp32_residual_connection": False,
         "num_moe_experts": null(int),
@@ -349,29 +350,29 @@ def miscellaneous() -> dict:
 
 def tokenizer() -> dict:
     return {
-        "library": "sentencepiece",  # sentencepiece, huggingface
-        "type": null(str),  # huggingface: a directory
+        "library": "sentencepiece",  # sentencepiece, huggingface, megatron
+        "type": null(str),  # huggingface: a directory; megatron: a directory, GPT2BPETokenizer or GPTSentencePieceTokenizer
         "model": null(str),  # sentencepiece: the .model file
-        "vocab_file": null(str),
+        "vocab_file": null(str),  # megatron's GPT2BPETokenizer: vocab.json, and merge_file merges.txt
         "merge_file": null(str),
         "delimiter": null(str),
-        "sentencepiece_legacy": False,
-        "additional_special_tokens": null(tuple),
+        "sentencepiece_legacy": False,  # True: text is cut at additional_special_tokens, which get the ids behind the vocabulary; False: they must be pieces
+        "additional_special_tokens": null(object),  # a sequence, or {"additional_special_tokens": a sequence, "pad_token": a text, ...}
     }
 
 
 def data() -> dict:
     return {
-        "data_path": null(object),  # a .json or .jsonl file of conversations
+        "data_path": null(object),  # a .json or .jsonl file of conversations, or several: '(a.json, b.json)'
         "image_folder": null(str),  # a directory or a .tar
-        "image_aspect_ratio": "square",  # square crops, pad adds borders
-        "conv_template": "llama_2",  # follows mm_cfg.llm.model_type
-        "dataloader_type": "cyclic",  # cyclic: shuffled epochs; single: one pass in the file's order
+        "image_aspect_ratio": "square",  # square crops, as LLaVA's null does; pad adds borders
+        "conv_template": "llama_2",  # follows mm_cfg.llm.model_type; NeMo's templates, and LLaVA's as llava:v1, ... (data/conversation.py)
+        "dataloader_type": "cyclic",  # cyclic: shuffled epochs; single: one pass in the file's order (several files: again and again, to the run's end)
         "num_workers": 8,
         "micro_batch_size": 16,  # follows model.micro_batch_size
         "global_batch_size": 128,  # follows model.global_batch_size
         "packed_sequence": False,
-        "concat_sampling_probabilities": null(tuple),
+        "concat_sampling_probabilities": null(tuple),  # of several files: each one's share of what is drawn; null: equal shares; counts of records: each once
         "lazy_preprocess": True,
         "is_multimodal": True,
         "media_type": "image",
@@ -386,14 +387,16 @@ def data() -> dict:
         "eod_mask_loss": False,
         "validation_drop_last": True,
         "pad_samples_to_global_batch_size": False,
-        "compat": "exact",  # ours, as all below
+        "compat": "exact",  # ours, as all below; exact, or an original with its defects: nemo_v2.0.0, nemo_v1.23.0, llava
         "validation": null(object),  # a .json file, or the share (float) of the training records that is held out; null: no validation
         "on_bad_image": "raise",  # raise, skip
         "max_bad_images": 100,  # skip stops the run at so many
         "buckets": null(object),  # token lengths that batches are padded to; null: chosen from the data
         "length_grouping": True,  # records of like length share a batch
-        "cache_dir": null(str),  # where the index of lengths is kept; null: beside the data
-        "max_media": 1,  # images a record
+        "cache_dir": null(str),  # where indexes and prepared pictures are kept; null: ~/.cache/neva_jax
+        "pixel_cache_gib": null(float),  # prepared pictures are kept in cache_dir, all files of them together at most so large; null: none are kept
+        "max_media": null(int),  # images a record may have; null: any number
+        "apply_exif_rotation": False,  # pictures are turned as their EXIF says; LLaVA and NeMo never do
     }
 
 

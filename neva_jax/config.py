@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import base
 from neva_jax.data.conversation import TEMPLATES
 from neva_jax.errors import UserError
-from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED
+from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, traps
 
 log = logging.getLogger(__name__)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a sequence, such as '(1, 2)'", object: "a value"}
@@ -149,24 +149,34 @@ def suggest(path: str) -> str:
 
 
 def check(config: ConfigDict) -> None:
-    """Bring every field to its type, then raise a UserError for the first that cannot be done; at the end warn once for each that does nothing."""
+    """Bring every field to its type, then raise a UserError for all that cannot be done; at the end warn once of each trap, and of each that does nothing."""
     _check_fields(config)
+    if refused := list(refusals(config).values()):
+        numbered = [f"({n}) {sentence}" for n, sentence in enumerate(refused, 1)]
+        raise UserError(refused[0] if len(refused) == 1 else f"{len(refused)} fields cannot be done: {'; '.join(numbered)}")
     get, different = leaves(config), changed(config)
-    for path, sentence in REFUSED.items():
-        if path in different:
-            raise UserError(f"{path} is {get[path]!r}, but {sentence}; set it to {schema()[path].default!r}")
-    for path, choices in {**CHOICES, "model.data.conv_template": tuple(TEMPLATES)}.items():
-        if get[path] not in choices:
-            raise UserError(f"{path} is {get[path]!r}, expected one of {', '.join(map(str, choices))}{HINTS.get(path, '')}")
-    for path, (holds, expected) in RULES.items():
-        if get[path] is not None and not holds(get[path]):
-            raise UserError(f"{path} is {get[path]!r}, expected {expected}")
     _check_llm(get)
     _check_together(get)
     if get["trainer.devices"] not in (-1, "auto"):
         check_parallel(config, get["trainer.devices"] * get["trainer.num_nodes"])
+    for sentence in traps(get):
+        log.warning(sentence)
     for path in sorted(different.keys() & INERT.keys()):
         log.warning("%s is %r, which does nothing here: %s", path, different[path], INERT[path])
+
+
+def refusals(config: ConfigDict) -> dict[str, str]:
+    """{path: what is wrong with its value and what to set}, of every field whose value cannot be done by itself. The fields have their types."""
+    get, different = leaves(config), changed(config)
+    result = {p: f"{p} is {get[p]!r}, but {sentence}; set it to {schema()[p].default!r}" for p, sentence in REFUSED.items() if p in different}
+    nemo = tuple(name for name, template in TEMPLATES.items() if not template.llava)
+    for path, choices in {**CHOICES, "model.data.conv_template": tuple(TEMPLATES), "model.mm_cfg.llm.model_type": nemo}.items():
+        if get[path] not in choices and (path in different or path not in FOLLOWERS):  # else its source is named
+            result[path] = f"{path} is {get[path]!r}, expected one of {', '.join(map(str, choices))}{HINTS.get(path, '')}"
+    for path, (holds, expected) in RULES.items():
+        if get[path] is not None and not holds(get[path]):
+            result[path] = f"{path} is {get[path]!r}, expected {expected}"
+    return result
 
 
 def _check_fields(config: ConfigDict) -> None:
@@ -194,8 +204,6 @@ def _check_llm(get: dict) -> None:
     for path in ("model.num_attention_heads", "model.ffn_hidden_size"):
         if get[path] % tensor:
             raise UserError(f"model.tensor_model_parallel_size is {tensor}, which does not divide {path} {get[path]}")
-    if get["model.rotary_percentage"] != 1 and get["model.mm_cfg.llm.model_type"] != "nvgpt":
-        log.warning("model.rotary_percentage is %s: Llama, Vicuna and Mistral weights need 1.0; NVGPT has 0.5", get["model.rotary_percentage"])
 
 
 def _check_together(get: dict) -> None:

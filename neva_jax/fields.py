@@ -4,6 +4,7 @@ Tables only; config.py applies them. A field is named by its dotted path and sta
 """
 
 import re
+from collections.abc import Iterator
 
 
 def paths(section: str, names: str) -> set[str]:
@@ -34,14 +35,15 @@ HONOURED = (
     | paths("exp_manager", "resume_if_exists resume_ignore_no_checkpoint")
     | paths(CHECKPOINTS, "dirpath monitor mode save_top_k save_last every_n_train_steps")
     | paths("model", "precision micro_batch_size global_batch_size tensor_model_parallel_size fsdp_parallel_size sequence_parallel loss_reduction trainable")
-    | paths("model", "restore_from_path seed encoder_seq_length init_method_std use_scaled_init_method")
+    | paths("model", "restore_from_path seed encoder_seq_length no_seqlen_plus_one_input_tokens init_method_std use_scaled_init_method")
     | paths("model", "do_layer_norm_weight_decay fp32_residual_connection use_flash_attention activations_checkpoint_granularity")
     | paths("model", "activations_checkpoint_method activations_checkpoint_num_layers")
     | paths("model.mm_cfg", "llm.from_pretrained llm.freeze llm.model_type pretrain_mm_mlp_adapter allow_random_frozen")
     | paths(VISION, "from_pretrained freeze")
-    | paths("model.tokenizer", "library type model")
+    | paths("model.tokenizer", "library type model vocab_file merge_file sentencepiece_legacy additional_special_tokens")
     | paths("model.data", "data_path image_folder image_aspect_ratio conv_template dataloader_type num_workers validation on_bad_image max_bad_images")
-    | paths("model.data", "buckets length_grouping cache_dir max_media")
+    | {"model.data.concat_sampling_probabilities"}
+    | paths("model.data", "buckets length_grouping cache_dir pixel_cache_gib max_media apply_exif_rotation compat sep_image_conv_front eod_mask_loss")
     | paths("model.optim", "name lr weight_decay betas eps grad_accum_dtype")
     | paths(SCHED, "name warmup_steps warmup_ratio constant_steps constant_ratio hold_steps hold_ratio min_lr max_steps power decay_rate d_model")
 )
@@ -99,7 +101,6 @@ INERT_GROUPS = (  # (section, names, reason)
     ("model", "megatron_amp_O2", "masters of what trains are fp32 and frozen weights are stored in the compute dtype either way"),
     ("model", "native_amp_init_scale native_amp_growth_interval hysteresis", "read only with precision 16"),
     ("model", "fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo reduce_amax fp8_frozen_weights fp8_scaling", "read only with fp8"),
-    ("model", "no_seqlen_plus_one_input_tokens", "labels are always next-token targets"),
     (VISION, "model_type", "NeVA never read it"),
     ("model.mm_cfg.lita", "lita_video_arch visual_token_format sample_frames", "read only with use_lita"),
     ("model.tokenizer", "delimiter", "read only by tabular tokenizers"),
@@ -144,6 +145,7 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     ("model", "position_embedding_type", "positions are rotary"),
     ("model", "hidden_dropout attention_dropout ffn_dropout", "there is no dropout"),
     ("model", "transformer_block_type headscale attention_type", "only NeMo's legacy models have it"),
+    ("model", "window_size", "attention sees the whole record; where model.encoder_seq_length is within the window, that is the same"),
     ("model", "rotary_interleaved", "rotation uses the two halves of a head, as Hugging Face's Llama does"),
     ("model", "fp16_lm_cross_entropy", "cross-entropy is computed in fp32"),
     ("model", "activations_checkpoint_layers_per_pipeline", "it needs pipeline parallelism, which this version does not have"),
@@ -154,14 +156,10 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     (VISION, "from_hf", "towers are read from Hugging Face's layout"),
     (VISION, "class_token_length", "towers without a class token are not in this version"),
     ("model.mm_cfg", "use_lita", LATER),
-    ("model.tokenizer", "vocab_file merge_file", "tokenizers are SentencePiece models or Hugging Face directories"),
-    ("model.tokenizer", "sentencepiece_legacy additional_special_tokens", "control tokens must be pieces of the tokenizer itself; add them to its file"),
-    ("model.data", "packed_sequence concat_sampling_probabilities", LATER),
+    ("model.data", "packed_sequence", LATER),
     ("model.data", "is_multimodal", "records without an image are read as they are"),
     ("model.data", "media_type", "media are images in this version"),
-    ("model.data", "sep_image_conv_front eod_mask_loss", LATER),
     ("model.data", "validation_drop_last", "NeMo does not support it either"),
-    ("model.data", "compat", "the other ways of tokenising are not in this version"),
     ("model.energon", "use_energon", LATER),
     ("model.nsys_profile", "enabled", LATER),
     (SCHED, "cycle", LATER),
@@ -175,6 +173,7 @@ FOLLOWERS = {"model.precision", "model.max_position_embeddings", "exp_manager.re
 NULLABLE = {
     "trainer.gradient_clip_val",
     "trainer.limit_val_batches",
+    "model.data.image_aspect_ratio",
     "exp_manager.name",
     f"{CHECKPOINTS}.filename",
     f"{SCHED}.warmup_steps",
@@ -198,22 +197,28 @@ CHOICES = {  # honoured fields with a fixed set of values
     "model.activation": tuple(ACTIVATIONS.split()),
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "model.activations_checkpoint_method": (None, "uniform", "block"),
-    "model.mm_cfg.llm.model_type": ("llama_2", "llama_3", "mistral", "v1", "nvgpt"),
     f"{VISION}.vision_select_feature": ("patch", "cls_patch"),
     f"{VISION}.hidden_act": ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
-    "model.tokenizer.library": ("sentencepiece", "huggingface"),
-    "model.data.image_aspect_ratio": ("square", "pad"),
+    "model.tokenizer.library": ("sentencepiece", "huggingface", "megatron"),
+    "model.data.image_aspect_ratio": ("square", "pad", None),
     "model.data.dataloader_type": ("cyclic", "single"),
+    "model.data.compat": ("exact", "nemo_v2.0.0", "nemo_v1.23.0", "llava"),
     "model.data.on_bad_image": ("raise", "skip"),
     "model.optim.name": tuple(OPTIMIZERS.split()),
     "model.optim.grad_accum_dtype": ("fp32", "bf16"),
     f"{SCHED}.name": tuple(SCHEDULES.split()),
 }
 
+LLAMAS = ("llama_2", "llama_3", "mistral", "v1")
+LLAMA = {"model.mm_cfg.llm.model_type": LLAMAS, "model.data.conv_template": LLAMAS, "model.normalization": ("rmsnorm",)}  # what each shows itself by
+NVGPT = {"model.mm_cfg.llm.model_type": ("nvgpt",), "model.normalization": ("layernorm1p",), "model.tokenizer.library": ("megatron",)}
+
 FP16 = "; fp16 needs a loss scaler, which this version does not have, and bf16 needs none"
 HINTS = {
     "trainer.precision": FP16,
     "model.precision": FP16,
+    "model.data.image_aspect_ratio": "; keep and anyres are only in neva_jax.data.image.ImageProcessor(aspect=...): keep's size varies with the picture and "
+    "CLIP's position table takes one (NeMo's own tower fails on it), and merging anyres's tiles needs LLaVA-NeXT's image_newline, not in this version",
     "model.activation": "; fast- says how NeMo stores two matrices and changes no number",
 }
 
@@ -224,7 +229,7 @@ POSITIVE = (
     | paths("model", "make_vocab_size_divisible_by override_vocab_size rotary_base seq_len_interpolation_factor activations_checkpoint_num_layers")
     | paths("model", "rope_scaling_factor rope_low_freq_factor rope_high_freq_factor rope_original_max_position_embeddings")
     | paths(VISION, "patch_dim hidden_size num_layers num_attention_heads ffn_hidden_size layernorm_epsilon")
-    | paths("model.data", "max_media max_bad_images")
+    | paths("model.data", "max_media max_bad_images pixel_cache_gib")
     | paths(SCHED, "max_steps d_model")
     | {f"{CHECKPOINTS}.every_n_train_steps", "model.optim.eps", "evaluation.batch_size"}
 )
@@ -233,6 +238,22 @@ NOT_NEGATIVE = (
     | paths(SCHED, "warmup_steps constant_steps hold_steps min_lr power decay_rate")
     | {"trainer.gradient_clip_val", "model.data.num_workers", "model.seed"}
 )
+
+
+def traps(get: dict) -> Iterator[str]:
+    """What harms a model without a word, in a config {path: value} whose values are right by themselves: a sentence each."""
+    llama, nvgpt = ([f"{path} {get[path]}" for path, values in signs.items() if get[path] in values] for signs in (LLAMA, NVGPT))
+    if get["model.tokenizer.library"] == "sentencepiece" and get["model.tokenizer.model"] is not None:
+        llama.append("a sentencepiece tokenizer")
+    rotary, crop, tower = get["model.rotary_percentage"], get[f"{VISION}.crop_size"], get[f"{VISION}.from_pretrained"]
+    if llama and rotary != 1:
+        yield f"model.rotary_percentage is {rotary}, beside {', '.join(llama)}: Llama, Vicuna and Mistral weights need 1.0; NVGPT has 0.5"
+    if llama and nvgpt:
+        half = f"half NVGPT ({', '.join(nvgpt)}), half Llama ({', '.join(llama)})"
+        yield f"the config is {half}: NeMo's finetuning files hold NVGPT's numbers; set all to what the weights are"
+    size = re.search(r"-(224|336|384)/?$", tower or "")
+    if size and int(size[1]) != crop[0]:
+        yield f"{VISION}.crop_size is {crop}, and from_pretrained is {tower}, whose name says {size[1]} pixels; set it to ({size[1]}, {size[1]})"
 
 
 def _number(value) -> bool:
@@ -266,6 +287,10 @@ RULES = {  # {path: (what holds for every value but null, in words)}
     f"{VISION}.crop_size": (lambda v: len(v) == 2 and v[0] == v[1] and _whole(v[0]) and v[0] > 0, "two equal numbers of pixels, such as (224, 224)"),
     "model.optim.betas": (lambda v: len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1, such as (0.9, 0.95)"),
     "model.data.data_path": (lambda v: isinstance(v, str) or (isinstance(v, tuple) and all(isinstance(p, str) for p in v)), "the path of a .json file"),
+    "model.data.concat_sampling_probabilities": (
+        lambda v: all(_number(p) and p >= 0 for p in v) and 0 < sum(v) < float("inf"),
+        "a number of 0 or more for each file of model.data.data_path, not all 0, such as (0.7, 0.3)",
+    ),
     "model.data.validation": (lambda v: isinstance(v, str) or (isinstance(v, float) and 0 < v < 1), "a path, or a share of the records such as 0.01"),
     "model.data.buckets": (
         lambda v: isinstance(v, tuple) and len(v) > 0 and all(_whole(n) and n > 0 for n in v) and list(v) == sorted(set(v)),

@@ -56,7 +56,7 @@ BAD_DATA = {
     "too many pictures": ([record(image=["a.png"] * 3, conversations=turns("<image><image><image>\nWhat?"))], {}, r"record 0.*3 images.*at most 2.*max_media"),
     "plain needs a picture": (
         [record(), {"conversations": turns("What is this?")}],
-        {"model__data__conv_template": "plain"},
+        {"model__data__conv_template": "llava:plain"},
         r"record 1.*plain template needs <image>",
     ),
 }

@@ -151,7 +151,7 @@ def test_choices_and_ranges_are_checked():
         ("model.optim.sched.cycle", True, "set it to False"),
         ("model.optim.name", "lamb", "one of fused_adam"),
         ("model.precision", 32, "set trainer.precision alone"),
-        ("model.data.conv_template", "llama_3", "one of plain, v1, llama_2"),
+        ("model.data.conv_template", "llama_4", "one of plain, v1, llama_2, llama_3"),
         ("model.data.validation", 1.5, "a share of the records"),
         ("model.data.buckets", (512, 256), "growing numbers"),
         ("model.mm_cfg.mm_mlp_adapter_type", "mlp0x_gelu", "mlp2x_gelu"),

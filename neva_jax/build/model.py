@@ -190,16 +190,17 @@ def trainable_rows(config: ConfigDict) -> list[Row]:
 
 
 def image_processor(config: ConfigDict) -> ImageProcessor:
-    """The tower's own preprocessor where its directory has one, else CLIP's at crop_size; the aspect is the config's."""
+    """The tower's own preprocessor where its directory has one, else CLIP's at crop_size; the aspect is the config's, and so is turning by EXIF."""
     v = config.model.mm_cfg.vision_encoder
-    crop, aspect = tuple(v.crop_size), config.model.data.image_aspect_ratio
+    crop = tuple(v.crop_size)
+    how = {"aspect": config.model.data.image_aspect_ratio or "square", "exif": config.model.data.apply_exif_rotation}
     for field, directory, parts in weight_paths(config):
         processor = ImageProcessor.from_pretrained(directory) if "vision_encoder" in parts else None
         if processor is not None:
             if tuple(processor.crop_size) != crop:
                 raise UserError(f"{VISION}.crop_size is {crop}, the preprocessor of {field} {directory} crops to {tuple(processor.crop_size)}; set it to that")
-            return dataclasses.replace(processor, aspect=aspect)
-    return ImageProcessor(crop_size=crop, shortest_edge=min(crop), aspect=aspect)
+            return dataclasses.replace(processor, **how)
+    return ImageProcessor(crop_size=crop, shortest_edge=min(crop), **how)
 
 
 def batch_flops(model: Model, batch: dict) -> float:

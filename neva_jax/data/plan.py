@@ -3,6 +3,8 @@
 The epochs' permutations, one behind the other, are one endless stream of record ids; epoch e owns the whole global batches of that stream that end in it. So
 what an epoch leaves over (fewer records than a batch) opens the next one, and every record comes once an epoch. An epoch is sorted by bucket, so that a
 batch holds records of one shape; the sort is stable, so which of them meet is still the permutation's choice; and the batches are shuffled again.
+Several files with shares are drawn by data/blend.py in place of a permutation, and all else is as for one. Their shares hold over an epoch; where files differ
+in length or pictures, a batch may come from one of them alone. Without length grouping the shares hold in every batch.
 """
 
 import bisect
@@ -10,6 +12,8 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+
+from neva_jax.data.blend import Blend
 
 GRAIN = 16  # token lengths of automatic buckets are multiples of it
 SUPERVISED_GRAIN = 64  # K is a multiple of it: the loss's chunk
@@ -34,13 +38,14 @@ class Bucket(NamedTuple):
     media: int
 
 
-def make_buckets(lengths: Lengths, token_lengths: tuple[int, ...] | None = None, num_lengths: int = 8) -> tuple[Bucket, ...]:
+def make_buckets(lengths: Lengths, token_lengths: tuple[int, ...] | None = None, num_lengths: int = 8, blend: Blend | None = None) -> tuple[Bucket, ...]:
     """Every combination of T and N that the records need, smallest first. K never truncates: it is the most that a record of T tokens supervises.
 
-    token_lengths: the T's, ascending; None: at most `num_lengths` multiples of 16 that waste the least padding.
+    token_lengths: the T's, ascending; None: at most `num_lengths` multiples of 16 that waste the least padding, records counted as often as `blend` draws them.
     """
     longest = int(lengths.tokens.max())
-    ts = [t for t in token_lengths or _best_lengths(lengths.tokens, num_lengths)]
+    draws = np.repeat(blend.draws_per_record(), blend.sizes) if blend else np.ones(len(lengths.tokens))
+    ts = token_lengths or _best_lengths(lengths.tokens, draws, num_lengths)
     ts = sorted({*(t for t in ts if t < longest), min((t for t in ts if t >= longest), default=-(-longest // GRAIN) * GRAIN)})
     counts = np.unique(lengths.media)
     buckets = []
@@ -52,14 +57,14 @@ def make_buckets(lengths: Lengths, token_lengths: tuple[int, ...] | None = None,
     return tuple(sorted(buckets, key=lambda b: (b.media, b.tokens)))
 
 
-def _best_lengths(tokens: np.ndarray, count: int) -> list[int]:
-    """At most `count` bucket lengths with the fewest padded tokens, by dynamic programming over multiples of 16."""
+def _best_lengths(tokens: np.ndarray, draws: np.ndarray, count: int) -> list[int]:
+    """At most `count` bucket lengths with the fewest padded tokens, by dynamic programming over multiples of 16. draws: how often each record counts."""
     bins = -(-tokens // GRAIN)
     top = int(bins.max())
-    number = np.cumsum(np.bincount(bins, minlength=top + 1))  # records of at most b grains
+    number = np.cumsum(np.bincount(bins, draws, minlength=top + 1))  # draws of at most b grains
     best, back = [number * np.arange(top + 1)], []  # cost of covering all records up to b with one length b
     for _ in range(count - 1):
-        cost = np.empty(top + 1, np.int64)
+        cost = np.empty(top + 1)
         choice = np.zeros(top + 1, np.int64)
         for b in range(top + 1):
             options = best[-1][: b + 1] + (number[b] - number[: b + 1]) * b
@@ -86,11 +91,20 @@ def num_batches_before(epoch: int, num_records: int, global_batch_size: int) -> 
     return epoch * num_records // global_batch_size
 
 
-def plan(seed: int | None, epoch: int, lengths: Lengths, global_batch_size: int, buckets: tuple[Bucket, ...], length_grouping: bool = True):
-    """-> [(bucket, ids int64[global_batch_size])], the global batches of an epoch. seed None: file order, nothing grouped."""
+def plan(
+    seed: int | None,
+    epoch: int,
+    lengths: Lengths,
+    global_batch_size: int,
+    buckets: tuple[Bucket, ...],
+    length_grouping: bool = True,
+    blend: Blend | None = None,
+) -> list[tuple[Bucket, np.ndarray]]:
+    """-> [(bucket, ids int64[global_batch_size])], the global batches of an epoch. seed None: file order, nothing grouped. blend: the shares of files."""
     size, num_records = global_batch_size, len(lengths.tokens)
     first, last = (num_batches_before(e, num_records, size) * size for e in (epoch, epoch + 1))
-    ids = np.concatenate([_permutation(seed, e, num_records) for e in range(first // num_records, epoch + 1)])
+    epochs = range(first // num_records, epoch + 1)
+    ids = np.concatenate([blend.epoch(seed, e) if blend else _permutation(seed, e, num_records) for e in epochs])
     offset = first // num_records * num_records
     ids = ids[first - offset : last - offset]
     if seed is None or not length_grouping:
@@ -112,20 +126,30 @@ def _order(lengths: Lengths, buckets: tuple[Bucket, ...]) -> np.ndarray:
 
 
 class Plan:
-    """The endless sequence of training batches: `plan[b]` is global batch b of the run, so a run resumes at `plan[consumed_samples // global_batch_size]`.
+    """The sequence of training batches: `plan[b]` is global batch b of the run, so a run resumes at `plan[consumed_samples // global_batch_size]`.
 
-    once: a single pass (NeMo's dataloader_type single); otherwise epochs follow one another.
+    once: a single pass (NeMo's dataloader_type single), what does not fill a batch dropped, and an IndexError behind it; otherwise epochs follow one another
+    without end. blend: the shares of files, else each record comes once an epoch.
     """
 
-    def __init__(self, seed, lengths: Lengths, global_batch_size: int, buckets, length_grouping: bool = True, once: bool = False):
-        self.args = (seed, lengths, global_batch_size, buckets, length_grouping)
+    def __init__(
+        self,
+        seed: int | None,
+        lengths: Lengths,
+        global_batch_size: int,
+        buckets: tuple[Bucket, ...],
+        length_grouping: bool = True,
+        once: bool = False,
+        blend: Blend | None = None,
+    ):
+        self.args = (lengths, global_batch_size, buckets, length_grouping, blend)
+        self.seed, self.buckets, self.blend = seed, buckets, blend
         self.num_records, self.size = len(lengths.tokens), global_batch_size
         self.num_batches = self.num_records // global_batch_size if once else None
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int):
-        seed, lengths, size, buckets, grouping = self.args
-        return plan(seed, epoch, lengths, size, buckets, grouping)
+        return plan(self.seed, epoch, *self.args)
 
     def epoch_of(self, batch: int) -> int:
         """The epoch whose plan holds global batch `batch`."""
@@ -133,6 +157,8 @@ class Plan:
         return bisect.bisect_right(epochs, batch, key=lambda epoch: num_batches_before(epoch, self.num_records, self.size)) - 1
 
     def __getitem__(self, batch: int):
+        if batch < 0 or (self.num_batches is not None and batch >= self.num_batches):
+            raise IndexError(f"batch {batch} of {'an endless plan' if self.num_batches is None else f'a pass of {self.num_batches}'}")
         epoch = self.epoch_of(batch)
         return self._epoch(epoch)[batch - num_batches_before(epoch, self.num_records, self.size)]
 
