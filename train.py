@@ -4,6 +4,7 @@ One run, top to bottom. What a run leaves in its directory: config.json, metrics
 stands on), and with `evaluation.questions` set, evaluation.json and answers.png.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -110,30 +111,29 @@ def main(config) -> dict[str, float]:
         return report
 
     batches, step, previous, report = train.batches(first_step, max_steps), first_step, None, {}
-    while step < max_steps and not watch.stopping:
-        batch, lr = clock.next(batches), learning_rate(step)
-        if step == first_step:
-            metrics.picture("training_pictures", step, show.batch_sheet(batch, tokenizer))
-        state, values = train_step(state, frozen, jax.tree.map(put, batch), np.float32(lr), stop.array(mesh))
-        step += 1
-        if previous is not None:
-            finish(*previous)
-        previous = step, values, lr, Work.of(batch, build_model.batch_flops(model, batch))
-        validating = step % validation_interval == 0 or step == max_steps
-        if validating or watch.stopping or (save_interval and step % save_interval == 0):
-            report = finish(*previous, extra=validate if validating and validation is not None else dict)
-            previous = None
-            if save_interval:
-                meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config)}
-                checkpoints.save(step, state, meta, report)
-        metrics.advance()
+    with contextlib.closing(checkpoints), contextlib.closing(metrics), contextlib.closing(stop):  # also when a record ends the run
+        while step < max_steps and not watch.stopping:
+            batch, lr = clock.next(batches), learning_rate(step)
+            if step == first_step:
+                metrics.picture("training_pictures", step, show.batch_sheet(batch, tokenizer))
+            state, values = train_step(state, frozen, jax.tree.map(put, batch), np.float32(lr), stop.array(mesh))
+            step += 1
+            if previous is not None:
+                finish(*previous)
+            previous = step, values, lr, Work.of(batch, build_model.batch_flops(model, batch))
+            validating = step % validation_interval == 0 or step == max_steps
+            if validating or watch.stopping or (save_interval and step % save_interval == 0):
+                report = finish(*previous, extra=validate if validating and validation is not None else dict)
+                previous = None
+                if save_interval:
+                    meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config)}
+                    checkpoints.save(step, state, meta, report)
+            metrics.advance()
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------------------
-    checkpoints.close()
-    metrics.close()
-    stop.restore()
     if stop.signal is not None and step < max_steps:
-        log.info(f"stopped by signal {stop.signal} at global_step={step}, saved; the same command continues")
+        saved = "saved; the same command continues" if save_interval else "not saved, since exp_manager.create_checkpoint_callback is False"
+        log.info(f"stopped by signal {stop.signal} at global_step={step}, {saved}")
         raise SystemExit(128 + stop.signal)
     if config.evaluation.questions:
         examples = build_data.build_examples(config, tokenizer, model.config, config.evaluation.questions)

@@ -3,6 +3,7 @@
 A source has `shapes` ({path: shape}), `load(targets) -> {path: array}` and `published` (None, or how to find it again: directory and digest).
 """
 
+import json
 from pathlib import Path
 
 import jax
@@ -52,8 +53,18 @@ class HuggingFaceSource:
         return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
 
 
+def checkpoints_of(path: Path) -> Path | None:
+    """Where a run of ours keeps its checkpoints; None: the path is no run."""
+    try:
+        params = json.loads((path / "config.json").read_text())["exp_manager"]["checkpoint_callback_params"]
+    except (OSError, ValueError, KeyError, TypeError):  # a Hugging Face directory has a config.json too
+        return None
+    directory = Path(params["dirpath"] or path / "checkpoints")
+    return directory if directory.is_dir() else None
+
+
 def is_run(path: Path) -> bool:
-    return (path / "config.json").exists() and (path / "checkpoints").is_dir()
+    return checkpoints_of(path) is not None
 
 
 def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS) -> list:
@@ -73,10 +84,11 @@ def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[
 
 def open_run(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
     """The newest checkpoint's trainable weights first, then what the run stands on."""
-    steps = sorted((int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit()), reverse=True)
+    directory = checkpoints_of(run)
+    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
     if not steps:
         raise UserError(f"{run}: this run has no checkpoint yet")
-    return [SavedTree(run / "checkpoints" / str(steps[0]) / "trainable", parts), *open_base(run, config, parts)]
+    return [SavedTree(directory / str(steps[0]) / "trainable", parts), *open_base(run, config, parts)]
 
 
 def open_base(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:

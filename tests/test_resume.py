@@ -12,8 +12,10 @@ import pytest
 from helpers import ROOT
 from runs import assert_same, logged, run, run_until_stopped, saved, steps_of, tiny
 
+from neva_jax.build.data import Split
 from neva_jax.config import to_json
-from neva_jax.errors import UserError
+from neva_jax.errors import DataError, UserError
+from neva_jax.hub import is_run
 
 
 @pytest.mark.parametrize("micro_batch_size", [4, 1], ids=["accumulation 1", "accumulation 4"])
@@ -94,3 +96,30 @@ def test_a_run_does_not_need_the_run_it_started_from(tmp_path):
     run(third, trainer__max_steps=3, restore_from_path=str(second))
     assert_same(saved(third, "base") if (third / "base").exists() else {}, {})
     assert saved(third, "trainable").keys() == start.keys()
+
+
+def test_a_defective_record_ends_a_run_with_what_it_saved(tmp_path, monkeypatch):
+    """The checkpoint that is being written when a record's error ends the run is whole, and the run goes on from it."""
+    original = Split.batches
+
+    def batches(self, start, stop):
+        for i, batch in enumerate(original(self, start, stop)):
+            if start + i == 4:
+                raise DataError("data.json: record 7: image 'a.png': is empty")
+            yield batch
+
+    intervals = {"exp_manager__checkpoint_callback_params__every_n_train_steps": 2, "exp_manager__checkpoint_callback_params__dirpath": str(tmp_path / "kept")}
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="record 7"):
+        patched.setattr(Split, "batches", batches)
+        run(tmp_path / "run", **intervals)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["4"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run(tmp_path / "run", **intervals)
+    assert [step for (step,) in logged(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_with_its_checkpoints_elsewhere_is_a_run(tmp_path):
+    run(tmp_path / "one", exp_manager__checkpoint_callback_params__dirpath=str(tmp_path / "kept"), trainer__max_steps=3)
+    assert is_run(tmp_path / "one") and not is_run(tmp_path)
+    run(tmp_path / "two", restore_from_path=str(tmp_path / "one"), trainer__max_steps=3)
+    assert (tmp_path / "two" / "metrics.jsonl").exists()

@@ -27,6 +27,7 @@ class StopRequest:
         local = np.full(len(mesh.local_devices), int(self.signal is not None), np.int32)
         return jax.make_array_from_process_local_data(sharding, local, (mesh.size,))
 
-    def restore(self) -> None:
+    def close(self) -> None:
+        """Gives the signals back."""
         for number, handler in getattr(self, "before", {}).items():
             signal.signal(number, handler)
