@@ -62,6 +62,8 @@ def main(config) -> dict[str, float]:
         compare_architecture(meta["architecture"], architecture(config))
         if meta["global_batch_size"] != size:
             raise UserError(f"model.global_batch_size was {meta['global_batch_size']} and is {size}: the data order would not continue; restore it")
+        if meta.get("data", train.fingerprint()) != train.fingerprint():
+            log.warning("the data, or what decides its order, has changed since the checkpoint: the order goes on from here, but not where it was")
         state = checkpoints.restore(first_step, abstract_state)
         frozen = hub.load_base(run, {path: model.target(path) for path in model.weights if path not in model.rows}, model.config)
         log.info(f"resumed at global_step={first_step}, consumed_samples={first_step * size}")
@@ -126,7 +128,8 @@ def main(config) -> dict[str, float]:
                 report = finish(*previous, extra=validate if validating and validation is not None else dict)
                 previous = None
                 if save_interval:
-                    meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "architecture": architecture(config)}
+                    meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "data": train.fingerprint()}
+                    meta["architecture"] = architecture(config)
                     checkpoints.save(step, state, meta, report)
             metrics.advance()
 

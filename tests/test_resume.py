@@ -123,3 +123,12 @@ def test_a_run_with_its_checkpoints_elsewhere_is_a_run(tmp_path):
     assert is_run(tmp_path / "one") and not is_run(tmp_path)
     run(tmp_path / "two", restore_from_path=str(tmp_path / "one"), trainer__max_steps=3)
     assert (tmp_path / "two" / "metrics.jsonl").exists()
+
+
+def test_data_that_changed_is_told(tmp_path, caplog):
+    settings = {"trainer__max_steps": 3, "exp_manager__explicit_log_dir": str(tmp_path)}
+    run(tmp_path, **settings)
+    run(tmp_path, **settings | {"trainer__max_steps": 4})
+    assert "has changed since the checkpoint" not in caplog.text
+    run(tmp_path, **settings | {"trainer__max_steps": 5, "model__data__length_grouping": False})
+    assert "has changed since the checkpoint" in caplog.text

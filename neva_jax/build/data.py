@@ -1,6 +1,7 @@
 """Records, order and batches that a config asks for."""
 
 import dataclasses
+import hashlib
 import logging
 import math
 
@@ -102,6 +103,11 @@ class Split:
         return batches(
             self.examples, self.plan, self.rows, ids=self.ids, start=start, stop=stop, global_batch_size=self.global_batch_size, num_workers=self.num_workers
         )
+
+    def fingerprint(self) -> str:
+        """Of what decides which records the batches of a run hold, in which order."""
+        parts = (self.examples.fingerprint(), len(self.ids), int(self.ids.sum()), self.plan.seed, self.plan.args[1:])  # args[0]: the lengths
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def describe(self, batch: int, count: int = 8) -> str:
         """The records of a global batch, in words."""

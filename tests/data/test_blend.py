@@ -233,7 +233,7 @@ def test_held_out_records_are_never_drawn(two_files, caplog):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((0.5, -0.5), "0 or more for each file"),
+        ((1.5, -0.5), "0 or more for each file"),
         ((0, 0.0), "not all 0"),
         ((), "not all 0"),
         ((float("nan"), 1.0), "0 or more for each file"),

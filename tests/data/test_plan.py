@@ -111,7 +111,7 @@ def test_no_seed_is_file_order(grouping):
     assert once.num_batches == 2
     assert [once[b][1].tolist() for b in range(2)] == [list(range(8)), list(range(8, 16))]
     assert [fits(lengths, *once[b]) for b in range(2)] == [True, True]
-    assert len(list(once)) == 2, "iteration ends where the pass does"
+    assert len(list(itertools.islice(once, 9))) == 2, "iteration ends where the pass does"
     for batch in (2, 3, -1):
         with pytest.raises(IndexError, match=f"batch {batch} "):
             once[batch]
