@@ -81,7 +81,7 @@ class Examples:
                 raise
             height, width = self.image_processor.crop_size
             return Example(tokens, np.full_like(labels, IGNORE), media_index, np.zeros((len(names), height, width, 3), np.uint8), bad_image=True)
-        return Example(tokens, labels, media_index, np.stack(media) if media else self.no_media)
+        return Example(tokens, labels, media_index, media[0][None] if len(media) == 1 else np.stack(media) if media else self.no_media)
 
     @property
     def no_media(self) -> np.ndarray:

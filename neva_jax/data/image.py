@@ -116,12 +116,15 @@ class ImageProcessor:
 
     def _fit(self, picture):
         """A picture -> uint8[H, W, 3] of crop_size."""
-        square = (max(picture.size),) * 2
-        if math.prod(square if self.aspect == "pad" else self._target(picture.size)) > _MAX_WORKING:
+        whole = (max(picture.size),) * 2 if self.aspect == "pad" else picture.size
+        target = self._target(whole)
+        if math.prod(whole if self.aspect == "pad" else target) > _MAX_WORKING:
             return self._center_crop(self._resize_thin(picture))
+        if picture.width > picture.height and target[0] * whole[1] <= whole[0] * target[1]:  # Pillow's horizontal pass comes first
+            return self._center_crop(self._resize_wide(picture))
         if self.aspect == "pad":
-            picture = self._on_canvas(picture, square)
-        return self._center_crop(picture.resize(self._target(picture.size), Image.Resampling.BICUBIC))
+            picture = self._on_canvas(picture, whole)
+        return self._center_crop(picture.resize(target, Image.Resampling.BICUBIC))
 
     def _decode(self, data, where):
         try:
@@ -129,7 +132,8 @@ class ImageProcessor:
                 width, height = picture.size
                 if width * height > self.max_pixels or max(width, height) > _MAX_SIDE:
                     raise DataError(f"{where}: {width} x {height} pixels, expected at most {self.max_pixels} and sides up to {_MAX_SIDE}; shrink the picture")
-                pixels = picture.convert("RGB")
+                picture.load()
+                pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
                 # Read after decoding: by then Pillow has turned a TIFF and forgotten its tag.
                 method = _UPRIGHT.get(picture.getexif().get(_ORIENTATION)) if self.exif else None
                 return pixels if method is None else pixels.transpose(method)
@@ -153,24 +157,36 @@ class ImageProcessor:
         canvas.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
         return canvas
 
+    def _resize_wide(self, picture):
+        """Pillow resizes in two passes, the cheaper order first: where that is the horizontal one, what is cropped or padded before the second costs it nothing,
+        and changes no pixel."""
+        height = picture.height
+        if self.aspect == "pad":
+            new_width, new_height = self._target((picture.width, picture.width))
+            band = self._on_canvas(picture.resize((new_width, height), Image.Resampling.BICUBIC), (new_width, picture.width))
+        else:
+            full_width, new_height = self._target(picture.size)
+            new_width = min(self.crop_size[1], full_width)
+            left = (full_width - new_width) // 2
+            band = picture.resize((full_width, height), Image.Resampling.BICUBIC).crop((left, 0, left + new_width, height))
+        return band.resize((new_width, new_height), Image.Resampling.BICUBIC)
+
     def _resize_thin(self, picture):
-        """Pillow resizes by a horizontal and then a vertical pass: padding or cropping before the second gives like pixels without the huge whole."""
+        """Like `_resize_wide`, without the whole width either: like pixels, without the huge whole."""
         width, height = picture.size
         if height > width:
             turned = replace(self, crop_size=self.crop_size[::-1])
             return turned._resize_thin(picture.transpose(Image.Transpose.TRANSPOSE)).transpose(Image.Transpose.TRANSPOSE)
         if self.aspect == "pad":
-            new_width, new_height = self._target((width, width))
-            band = self._on_canvas(picture.resize((new_width, height), Image.Resampling.BICUBIC), (new_width, width))
-        else:
-            full_width, new_height = self._target(picture.size)
-            new_width = min(self.crop_size[1], full_width)
-            scale = width / full_width
-            left, right = ((full_width + side * new_width) // 2 * scale for side in (-1, 1))  # of what is kept, in the picture's pixels
-            reach = 2 * max(scale, 1) + 1  # of the bicubic filter; Pillow keeps `box` in 32 bits, which is exact enough near 0 only
-            first, last = max(0, int(left - reach)), min(width, int(right + reach) + 1)
-            part = picture.crop((first, 0, last, height))
-            band = part.resize((new_width, height), Image.Resampling.BICUBIC, box=(left - first, 0, min(right - first, part.width), height))
+            return self._resize_wide(picture)
+        full_width, new_height = self._target(picture.size)
+        new_width = min(self.crop_size[1], full_width)
+        scale = width / full_width
+        left, right = ((full_width + side * new_width) // 2 * scale for side in (-1, 1))  # of what is kept, in the picture's pixels
+        reach = 2 * max(scale, 1) + 1  # of the bicubic filter; Pillow keeps `box` in 32 bits, which is exact enough near 0 only
+        first, last = max(0, int(left - reach)), min(width, int(right + reach) + 1)
+        part = picture.crop((first, 0, last, height))
+        band = part.resize((new_width, height), Image.Resampling.BICUBIC, box=(left - first, 0, min(right - first, part.width), height))
         return band.resize((new_width, new_height), Image.Resampling.BICUBIC)
 
     def _center_crop(self, picture):

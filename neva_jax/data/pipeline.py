@@ -70,35 +70,39 @@ def collate(width: int, no_media: np.ndarray, items: list[tuple[Example | UserEr
     for example, _ in items:
         if isinstance(example, UserError):
             return example
-    rows = [pad_example(example, bucket, no_media) for example, _ in items]
-    return {name: np.stack([row[name] for row in rows]).reshape(len(rows) // width, width, *rows[0][name].shape) for name in rows[0]}
+    batch = pad_examples([example for example, _ in items], bucket, no_media)
+    return {name: array.reshape(len(items) // width, width, *array.shape[1:]) for name, array in batch.items()}
 
 
-def pad_example(example: Example | None, bucket: Bucket, no_media: np.ndarray) -> dict[str, np.ndarray]:
-    """One row of a batch. None gives an empty row: one token, nothing supervised."""
-    if example is None:
-        one = np.zeros(1, np.int32)
-        example = Example(one, np.full(1, IGNORE, np.int32), np.full(1, -1, np.int32), no_media)
-    length = bucket.tokens
-    assert len(example.tokens) <= length and len(example.media) <= bucket.media, (len(example.tokens), len(example.media), bucket)
-
-    def pad(array: np.ndarray, value: int) -> np.ndarray:
-        return np.pad(array, (0, length - len(array)), constant_values=value)
-
-    supervised = np.flatnonzero(example.labels != IGNORE)
-    media = np.zeros((bucket.media, *no_media.shape[1:]), np.uint8)
-    media[: len(example.media)] = example.media
-    return {
-        "tokens": pad(example.tokens, 0),
-        "labels": pad(example.labels, IGNORE),
-        "loss_mask": pad((example.labels != IGNORE).astype(np.float32), 0),
-        "position_ids": np.arange(length, dtype=np.int32),
-        "segment_ids": pad(np.ones(len(example.tokens), np.int32), 0),
-        "media_index": pad(example.media_index, -1),
-        "supervised_positions": np.pad(supervised.astype(np.int32), (0, bucket.supervised - len(supervised)), constant_values=-1),
-        "media": media,
-        "bad_image": np.int32(example.bad_image),
+def pad_examples(examples: list[Example | None], bucket: Bucket, no_media: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of a batch, [B, ...] each. None gives an empty row: one token, nothing supervised."""
+    count, length = len(examples), bucket.tokens
+    batch = {
+        "tokens": np.zeros((count, length), np.int32),
+        "labels": np.full((count, length), IGNORE, np.int32),
+        "loss_mask": np.zeros((count, length), np.float32),
+        "position_ids": np.tile(np.arange(length, dtype=np.int32), (count, 1)),
+        "segment_ids": np.zeros((count, length), np.int32),
+        "media_index": np.full((count, length), -1, np.int32),
+        "supervised_positions": np.full((count, bucket.supervised), -1, np.int32),
+        "media": np.zeros((count, bucket.media, *no_media.shape[1:]), np.uint8),
+        "bad_image": np.zeros(count, np.int32),
     }
+    for row, example in enumerate(examples):
+        if example is None:
+            batch["segment_ids"][row, 0] = 1
+            continue
+        size, supervised = len(example.tokens), np.flatnonzero(example.labels != IGNORE)
+        assert size <= length and len(example.media) <= bucket.media and len(supervised) <= bucket.supervised, (size, len(example.media), bucket)
+        batch["tokens"][row, :size] = example.tokens
+        batch["labels"][row, :size] = example.labels
+        batch["loss_mask"][row, supervised] = 1
+        batch["segment_ids"][row, :size] = 1
+        batch["media_index"][row, :size] = example.media_index
+        batch["supervised_positions"][row, : len(supervised)] = supervised
+        batch["media"][row, : len(example.media)] = example.media
+        batch["bad_image"][row] = example.bad_image
+    return batch
 
 
 def batches(examples: Examples, plan, rows: Rows, *, ids: np.ndarray, start: int, stop: int, global_batch_size: int, num_workers: int = 0):

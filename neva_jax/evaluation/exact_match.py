@@ -7,7 +7,7 @@ import numpy as np
 
 from neva_jax.data.conversation import PLACEHOLDER, TEMPLATES, render
 from neva_jax.data.example import Example, Examples
-from neva_jax.data.pipeline import pad_example
+from neva_jax.data.pipeline import pad_examples
 from neva_jax.data.plan import Bucket
 from neva_jax.data.tokenize import IGNORE, encode
 
@@ -47,10 +47,9 @@ def answer(generate, examples: Examples, questions: list[Question], *, batch_siz
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         bucket = Bucket(length, 1, max(len(prompts[i].media) for i in chosen))
-        rows = [pad_example(prompts[i], bucket, examples.no_media) for i in chosen]
-        rows += [pad_example(None, bucket, examples.no_media)] * (batch_size - len(rows))
-        names = ("tokens", "segment_ids", "position_ids", "media_index", "media")
-        batch = {name: np.stack([row[name] for row in rows]) for name in names}
+        rows = [prompts[i] for i in chosen] + [None] * (batch_size - len(chosen))
+        batch = pad_examples(rows, bucket, examples.no_media)
+        batch = {name: batch[name] for name in ("tokens", "segment_ids", "position_ids", "media_index", "media")}
         ids = np.asarray(generate(batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
         for i, row in zip(chosen, ids, strict=False):
             answers[i] = tokenizer.decode([t for t in row if t != stop_id]).strip()

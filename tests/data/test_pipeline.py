@@ -1,30 +1,22 @@
-"""Batches of real records and pictures: their fields, the same sequence from any workers, processes and starts, bad pictures, and what a worker is."""
+"""Batches of real records and pictures: their fields, the same sequence from any workers, processes and starts, and what a worker is."""
 
-import io
 import json
 import os
 import re
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from digit_data import DIGITS, MBS, SIZE, S, digits, planned, read, record
 
-from neva_jax.data.example import Example, Examples
+from neva_jax.data.example import Example
 from neva_jax.data.image import ImageProcessor
 from neva_jax.data.lengths import read_lengths
-from neva_jax.data.media import open_media
-from neva_jax.data.pipeline import Rows, batches, pad_example
+from neva_jax.data.pipeline import Rows, batches, pad_examples
 from neva_jax.data.plan import Bucket, FixedPlan, Plan, make_buckets
-from neva_jax.data.records import Records
-from neva_jax.data.tokenize import IGNORE, SpecialIds
-from neva_jax.data.tokenizer import SentencePieceTokenizer
-from neva_jax.errors import DataError, UserError
+from neva_jax.data.tokenize import IGNORE
 
-DIGITS = Path(__file__).resolve().parents[2] / "examples" / "digits"  # workers import this file, and are to stay small
-S = 16  # text positions of a picture
-SIZE, MBS = 8, 2
 INT_FIELDS = ("tokens", "labels", "position_ids", "segment_ids", "media_index")
 
 
@@ -47,27 +39,6 @@ class WatchedProcessor(ImageProcessor):
         return super().__call__(data, where)
 
 
-def digits(directory, records=None, images=DIGITS / "images.tar", processor=ImageProcessor, **changes):
-    """Examples of the digits, or of other records about their pictures."""
-    path = DIGITS / "test.json"
-    if records is not None:
-        path = directory / "data.json"
-        path.write_text(json.dumps(records))
-    tokenizer = SentencePieceTokenizer(DIGITS / "tokenizer.model")
-    special = SpecialIds.of(tokenizer, "v1", use_im_start_end=False)
-    source = Records(path, directory / "cache")
-    return Examples((source,), open_media(images), processor(crop_size=(32, 32), shortest_edge=32), tokenizer, special, "v1", S, 256, **changes)
-
-
-def planned(examples, seed=0):
-    lengths = read_lengths(examples, examples.sources[0].cache_dir)
-    return Plan(seed, lengths, SIZE, make_buckets(lengths))
-
-
-def read(examples, plan, start, stop, *, rows=Rows(MBS), num_workers=0):  # noqa: B008 (frozen)
-    return list(batches(examples, plan, rows, ids=np.arange(len(examples)), start=start, stop=stop, global_batch_size=SIZE, num_workers=num_workers))
-
-
 def same(ours, theirs):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -82,12 +53,6 @@ def data(tmp_path_factory):
     examples = digits(tmp_path_factory.mktemp("digits"))
     plan = planned(examples)
     return examples, plan, read(examples, plan, 0, 12)
-
-
-def record(image, question="Which digit?", answer="seven"):
-    images = [image] if isinstance(image, str) else image
-    turns = [{"from": "human", "value": "<image>\n" * len(images) + question}, {"from": "gpt", "value": answer}]
-    return {"conversations": turns, **({"image": image} if images else {})}
 
 
 # ---- A batch
@@ -172,8 +137,8 @@ def test_nothing_is_ever_cut():
     example = Example(np.zeros(5, np.int32), np.zeros(5, np.int32), np.zeros(5, np.int32), np.zeros((1, 2, 2, 3), np.uint8))
     for bucket in (Bucket(4, 64, 1), Bucket(5, 64, 0), Bucket(5, 4, 1)):
         with pytest.raises((AssertionError, ValueError)):
-            pad_example(example, bucket, np.zeros((0, 2, 2, 3), np.uint8))
-    assert pad_example(example, Bucket(5, 5, 1), np.zeros((0, 2, 2, 3), np.uint8))["supervised_positions"].tolist() == [0, 1, 2, 3, 4]
+            pad_examples([example], bucket, np.zeros((0, 2, 2, 3), np.uint8))
+    assert pad_examples([example], Bucket(5, 5, 1), np.zeros((0, 2, 2, 3), np.uint8))["supervised_positions"].tolist() == [[0, 1, 2, 3, 4]]
 
 
 # ---- The same sequence, however it is read
@@ -254,62 +219,3 @@ def test_what_a_worker_is(watched):
         assert note["backends"] == [] and note["environment"] == {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         assert note["ours"] == ["neva_jax"] and note["libraries"] == [] and note["main"] is None
         assert note["mib"] < 300, note["mib"]
-
-
-# ---- Bad pictures
-
-
-def bad_images(tmp_path):
-    """Eight records; the pictures of records 2 and 5 are missing or not pictures."""
-    with tarfile.open(DIGITS / "images.tar") as tar:
-        good = tar.extractfile("test/00000.png").read()
-    with tarfile.open(tmp_path / "images.tar", "w") as tar:
-        for name, content in {"good.png": good, "bad.png": b"<html>404</html>"}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    images = ["good.png"] * SIZE
-    images[2], images[5] = "missing.png", ["good.png", "bad.png"]
-    return [record(image, answer=f"number {i}") for i, image in enumerate(images)], tmp_path / "images.tar"
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_image_raises(tmp_path, num_workers):
-    records, images = bad_images(tmp_path)
-    examples = digits(tmp_path, records, images)
-    with pytest.raises(UserError) as error:
-        read(examples, planned(examples, seed=None), 0, 1, num_workers=num_workers)
-    message = str(error.value)
-    assert error.type is DataError and "\n" not in message and not hasattr(error.value, "__notes__")
-    assert message.startswith(f"{tmp_path / 'data.json'}: record 2: image 'missing.png'")
-
-
-def test_bad_image_is_named_whole(tmp_path):
-    records, images = bad_images(tmp_path)
-    examples = digits(tmp_path, records, images)
-    for index, name in ((2, "missing.png"), (5, "bad.png")):
-        with pytest.raises(DataError) as error:
-            examples[index]
-        assert str(error.value).startswith(f"{examples.where(index)}: image {name!r}") and str(error.value).count(name) == 1
-        assert str(error.value).count("record ") == 1
-
-
-def test_bad_image_keeps_its_slot(tmp_path):
-    records, images = bad_images(tmp_path)
-    examples = digits(tmp_path, records, images, on_bad_image="skip")
-    (batch,) = read(examples, planned(examples, seed=None), 0, 1)
-    rows = {name: value.reshape(SIZE, *value.shape[2:]) for name, value in batch.items()}
-    assert rows["bad_image"].tolist() == [0, 0, 1, 0, 0, 1, 0, 0]
-    for r, bad in enumerate(rows["bad_image"]):
-        stream = examples.stream(r)
-        length = len(stream.ids) - 1
-        assert rows["tokens"][r, :length].tolist() == stream.ids[:-1].tolist() and rows["segment_ids"][r].sum() == length
-        assert rows["media_index"][r, :length].tolist() == stream.media_index[:-1].tolist()
-        assert rows["media"][r].any() == (not bad) and (rows["labels"][r] == IGNORE).all() == bad
-        assert rows["loss_mask"][r].any() == (not bad) and (rows["supervised_positions"][r] == -1).all() == bad
-
-
-def test_other_defects_are_never_skipped(tmp_path):
-    examples = digits(tmp_path, [record("test/00000.png"), record("test/00000.png", question="why " * 200)], on_bad_image="skip")
-    with pytest.raises(DataError, match="record 1: conversations: no supervised token"):
-        examples[1]
