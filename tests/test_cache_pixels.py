@@ -44,11 +44,10 @@ def test_afterwards_no_picture_is_made(tmp_path, data, num_workers):
     assert (result["num_records"], result["num_bad_records"], result["num_pictures"]) == (71, 0, 36)
     tokenizer = build_tokenizer(config)
     examples = build_examples(config, tokenizer, neva_config(config, tokenizer.vocab_size), config.model.data.data_path)
-    plain = [examples[i].media for i in range(70)]
-    cache = cached_processor(config, config.model.data.cache_dir)
-    cache.processor = None  # what makes pictures
-    cached = dataclasses.replace(examples, image_processor=cache)
-    np.testing.assert_array_equal([cached[i].media for i in range(70)], plain)
+    plain = dataclasses.replace(examples, image_processor=examples.image_processor.processor)
+    expected = [plain[i].media for i in range(70)]
+    examples.image_processor.processor = None  # what makes pictures
+    np.testing.assert_array_equal([examples[i].media for i in range(70)], expected)
 
 
 def test_it_goes_on_where_it_was(tmp_path, data):
@@ -81,4 +80,4 @@ def test_the_command(tmp_path):
 
 def test_what_a_person_reads(tmp_path, data, capsys):
     cache_pixels.main(tiny(tmp_path / "run", **data, model__data__num_workers=0), json=False)
-    assert re.fullmatch(r"71 records, in \d+ s; .*/cache/pixels-32x32-[0-9a-f]{16}\.bin holds 36 pictures, 0\.25 of .*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"71 records, in \d+ s; .*/cache/pixels-square-32x32-[0-9a-f]{16}\.bin holds 36 pictures, 0\.25 of .*\n", capsys.readouterr().out)

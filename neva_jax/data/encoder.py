@@ -90,6 +90,8 @@ class Encoder:
     def _turns(self, record: Record) -> tuple[Turn, ...]:
         if not (self.sep_image_conv_front and record.images):
             return record.turns
+        if self.template == "interleaved":
+            raise UserError("model.data.sep_image_conv_front needs turns, and an interleaved record has none; turn it off")
         first, *rest = record.turns
         count = first.text.count(PLACEHOLDER)
         if not count:

@@ -14,18 +14,15 @@ import fcntl
 import hashlib
 import logging
 import math
-import multiprocessing
 import os
-import signal
 import struct
 import zlib
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from neva_jax.data.image import ImageProcessor
-from neva_jax.data.workers import birthplace
+from neva_jax.data.sweep import sweep
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,6 @@ _ENTRY = struct.Struct("<16sIHHH2xI")  # key, first block, parts (0: the pixels 
 _BLOCK = 4096  # bytes; pixels begin at a multiple of it
 _PAGE = 128 * _ENTRY.size
 _TABLE = 2**16 * _PAGE  # 256 MiB, of which the disk holds only pages in use
-_CHUNK = 64  # examples a task
 _RESERVE = 16 * 2**30  # bytes of the disk that are left to checkpoints and logs
 
 
@@ -65,12 +61,16 @@ class PixelCache:
         return pixels
 
     def held(self) -> tuple[int, int]:
-        """How many pictures the file holds, and its bytes."""
-        if not os.path.exists(self.path):
+        """How many pictures the file holds, and its bytes; 0, 0 where it cannot be read."""
+        count = 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                for _ in range(0, _TABLE, 2**24):
+                    data = file.read(2**24)
+                    count += int(np.count_nonzero(np.frombuffer(data, "<u8", len(data) // 8)[:: _ENTRY.size // 8]))
+                return count, os.fstat(file.fileno()).st_size
+        except OSError:
             return 0, 0
-        with open(self.path, "rb", buffering=0) as file:
-            counts = [np.count_nonzero(np.frombuffer(file.read(2**12 * _PAGE), "<u8")[:: _ENTRY.size // 8]) for _ in range(2**4)]
-        return sum(counts), os.path.getsize(self.path)
 
     def _read(self, key):
         """The pixels, or None where they are not, or not whole, or cannot be read."""
@@ -150,34 +150,8 @@ def fill(examples, num_workers: int = 0) -> int:
 
     Raises the first DataError of an example. Whatever was stored by then stays, and another call goes on from there.
     """
-    chunks = [range(start, min(start + _CHUNK, len(examples))) for start in range(0, len(examples), _CHUNK)]
-    with tqdm(total=len(examples), desc="preparing pictures", disable=None) as bar:
-
-        def counted(parts):
-            for size, bad in parts:
-                bar.update(size)
-                yield bad
-
-        if not num_workers:
-            return sum(counted(_read_chunk(examples, chunk) for chunk in chunks))
-        with birthplace():
-            pool = multiprocessing.get_context("spawn").Pool(min(num_workers, len(chunks)), _init_worker, (examples,))
-        with pool:
-            return sum(counted(pool.imap_unordered(_chunk_in_worker, chunks)))
+    return sum(sweep(_reader, examples, num_workers, "preparing pictures"))
 
 
-def _read_chunk(examples, chunk):
-    return len(chunk), sum(examples[index].bad_image for index in chunk)
-
-
-_examples = None
-
-
-def _init_worker(examples):
-    global _examples
-    _examples = examples
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C reaches the parent, which ends them
-
-
-def _chunk_in_worker(chunk):
-    return _read_chunk(_examples, chunk)
+def _reader(examples):
+    return lambda chunk: sum(examples[index].bad_image for index in chunk)

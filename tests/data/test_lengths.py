@@ -1,18 +1,20 @@
 """The index of lengths: what examples really are, kept once made, and defects named before the first step."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
 from helpers import ROOT
 
 from neva_jax.data import lengths as lengths_module
+from neva_jax.data.compat import ENCODERS
 from neva_jax.data.example import Examples
 from neva_jax.data.image import ImageProcessor
 from neva_jax.data.lengths import read_lengths
 from neva_jax.data.media import open_media
 from neva_jax.data.records import Records
-from neva_jax.data.tokenize import IGNORE, SpecialIds
+from neva_jax.data.tokenize import IGNORE
 from neva_jax.data.tokenizer import SentencePieceTokenizer
 from neva_jax.errors import DataError
 
@@ -20,25 +22,27 @@ DIGITS = ROOT / "examples" / "digits"
 TEXT = {"conversations": [{"from": "human", "value": "Which is larger, two or five?"}, {"from": "gpt", "value": "five"}]}
 
 
-def made(directory, records=None, template="v1", media_length=16, max_length=256, **changes):
+def made(directory, records=None, template="v1", media_length=16, max_length=256, compat="exact", **options):
     path = DIGITS / "test.json"
     if records is not None:
         path = directory / "data.json"
         if not path.exists() or path.read_text() != json.dumps(records):
             path.write_text(json.dumps(records))
-    tokenizer = SentencePieceTokenizer(DIGITS / "tokenizer.model")
-    special = SpecialIds.of(tokenizer, template, use_im_start_end=False)
+    tokenizer = SentencePieceTokenizer(DIGITS / "tokenizer.model", style="huggingface" if template.startswith("llava:") else "nemo")
+    encoder = ENCODERS[compat](tokenizer, template, media_length, max_length, **options)
     processor = ImageProcessor(crop_size=(32, 32), shortest_edge=32)
-    media = open_media(DIGITS / "images.tar")
-    return Examples((Records(path, directory / "records"),), media, processor, tokenizer, special, template, media_length, max_length, **changes)
+    return Examples((Records(path, directory / "records"),), open_media(DIGITS / "images.tar"), processor, encoder)
 
 
 def files(directory):
     return sorted(path.name for path in directory.glob("lengths-*"))
 
 
-def test_lengths_are_those_of_the_examples(tmp_path):
-    examples = made(tmp_path)
+@pytest.mark.parametrize("options", [
+    {}, {"extra_token": False}, {"template": "llava:v1"}, {"compat": "nemo_v2.0.0"}, {"compat": "llava", "template": "llava:v1"},
+], ids=str)  # fmt: skip
+def test_lengths_are_those_of_the_examples(tmp_path, options):
+    examples = made(tmp_path, **options)
     found = read_lengths(examples, tmp_path / "cache")
     assert all(len(column) == len(examples) for column in found)
     for i in range(0, len(examples), 7):
@@ -54,12 +58,28 @@ def test_lengths_of_cut_records(tmp_path, caplog):
     examples = made(tmp_path, [two, TEXT], media_length=8)
     start = int(np.flatnonzero(examples.stream(0).media_index == 8)[0])
     for limit in range(start - 2, start + 12):
-        examples.max_length = limit
+        examples.encoder.max_length = limit
         found, example = read_lengths(examples, tmp_path / "cache"), examples[0]
         assert (found.tokens[0], found.supervised[0], found.media[0]) == (len(example.tokens), (example.labels != IGNORE).sum(), len(example.media))
         assert len(example.media) == (2 if limit >= start + 8 else 1)
         assert "1 of 2 records are longer than model.encoder_seq_length" in caplog.text
         caplog.clear()
+
+
+def test_records_that_exact_mode_refuses_are_counted(tmp_path, caplog):
+    """One warning, with the first of them; also when the index is there already."""
+    good, odd = TEXT, {"conversations": TEXT["conversations"] * 2, "video": "a.mp4"}
+    silent = {"conversations": [{"from": "human", "value": "Which?"}]}
+    examples = made(tmp_path, [good, odd, silent, good], compat="nemo_v2.0.0")
+    for _ in range(2):
+        found = read_lengths(examples, tmp_path / "cache")
+        (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert warning.getMessage().startswith("2 of 4 records are taken as model.data.compat nemo_v2.0.0 takes them, and exact mode refuses: ")
+        assert warning.getMessage().endswith(f"{tmp_path / 'data.json'}: record 1: video: videos are not supported; extract frames and list them under image")
+        caplog.clear()
+    assert found.supervised[2] == 0 and (np.delete(found.supervised, 2) > 0).all()
+    with pytest.raises(DataError, match="record 1: video"):
+        read_lengths(made(tmp_path, [good, odd, silent, good]), tmp_path / "cache")
 
 
 def test_made_once(tmp_path, monkeypatch):
@@ -76,10 +96,11 @@ def test_made_once(tmp_path, monkeypatch):
 
 
 def test_what_decides_lengths_makes_another_file(tmp_path):
-    """Template, picture length, limit, number of pictures, the records' file: each its own index. Pixels do not matter."""
+    """Template, picture length, limit, mode, NeMo's options, the records' file: each its own index. Pixels do not matter."""
     records = [TEXT, TEXT]
     read_lengths(made(tmp_path, records), tmp_path / "cache")
-    for n, changes in enumerate([{"template": "llama_2"}, {"media_length": 17}, {"max_length": 255}, {"max_media": 3}], 2):
+    others = [{"template": "llama_2"}, {"media_length": 17}, {"max_length": 255}, {"max_media": 3}, {"extra_token": False}, {"compat": "nemo_v2.0.0"}]
+    for n, changes in enumerate(others, 2):
         read_lengths(made(tmp_path, records, **changes), tmp_path / "cache")
         assert len(files(tmp_path / "cache")) == n, changes
     examples = made(tmp_path, records)

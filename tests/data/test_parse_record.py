@@ -1,4 +1,4 @@
-"""One record: what is accepted in one form, and every defect refused with its field and kind."""
+"""One record: what is accepted in one form, every defect refused with its field and kind, and the originals' looser readings."""
 
 import pickle
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neva_jax.data.record import Record, RecordError, parse_record
+from neva_jax.data.conversation import Turn
+from neva_jax.data.record import LooseRecord, Record, RecordError, adopt_img_tags, parse_record, read_loosely
 from neva_jax.errors import DataError
 
 
@@ -27,18 +28,37 @@ VALUES = st.recursive(
 
 
 def test_parse_normalises():
-    assert parse_record(GOOD, where="w") == Record(("a.png",), (("human", "<image>\nWhat?"), ("gpt", "A cat.")))
+    assert parse_record(GOOD, where="w") == Record(("a.png",), (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat.")))
     turns = [turn("system", "Be brief."), turn("user", "<image> and <image>"), turn("assistant", "No."), turn("human", "Why?"), turn("gpt", "So.")]
     found = parse_record({"image": ["a.png", "b.png"], "conversations": turns}, where="w")
     assert found.images == ("a.png", "b.png") and found.system == "Be brief."
-    assert [role for role, _ in found.turns] == ["human", "gpt"] * 2
+    assert [turn.role for turn in found.turns] == ["human", "gpt"] * 2 and found.system_key is None
 
 
 @pytest.mark.parametrize("image", [{}, {"image": None}, {"image": ""}, {"image": []}])
 def test_text_only(image):
     found = parse_record(image | {"conversations": [turn("human", "Hi"), turn("gpt", "Ho")]}, where="w")
     assert found.images == () and found.system is None
-    assert parse_record(image | {"system": "", "conversations": [turn("human", "Hi"), turn("gpt", "Ho")]}, where="w").system == ""
+    found = parse_record(image | {"system": "", "conversations": [turn("human", "Hi"), turn("gpt", "Ho")]}, where="w")
+    assert found.system_key == "" and found.system is None, "which of the two counts is the template's affair"
+
+
+def test_labels():
+    labelled = [PAIR[0], turn("gpt", "A cat.") | {"label": "quality:4"}, turn("human", "Why?"), turn("gpt", "So.") | {"label": None}]
+    assert [turn.label for turn in parse_record({"image": "a", "conversations": labelled}, where="w").turns] == [None, "quality:4", None, None]
+
+
+def test_interleaved():
+    found = parse_record({"image": ["a", "b"], "conversations": "A <image> and <image>."}, where="w", interleaved=True)
+    assert found == Record(("a", "b"), (Turn("text", "A <image> and <image>."),))
+    for record, field, words in (
+        (GOOD, "conversations", "found a list of 2, expected a string"),
+        ({"image": "a", "conversations": "no tag"}, "image", "0 <image>"),
+        ({"conversations": 4}, "conversations", "found 4"),
+    ):
+        with pytest.raises(RecordError, match=words) as error:
+            parse_record(record, where="w", interleaved=True)
+        assert error.value.field == field
 
 
 BAD = {
@@ -71,6 +91,10 @@ BAD = {
     "image without tag": ({"image": "a", "conversations": [turn("human", "a"), turn("gpt", "b")]}, "image", "image_count", "0 <image> .* but 1"),
     "two tags, one image": (GOOD | {"conversations": [turn("human", "<image><image>"), PAIR[1]]}, "image", "image_count", "2 <image> .* but 1"),
     "tag in answer": (GOOD | {"conversations": [PAIR[0], turn("gpt", "a <image>")]}, "conversations[1].value", "image_tag", "in an answer"),
+    "tag in a system turn": ({"conversations": [turn("system", "<image>"), *PAIR]}, "system", "image_tag", "system prompt"),
+    "label is a number": ({"conversations": [PAIR[0], PAIR[1] | {"label": 4}]}, "conversations[1].label", "type", "found 4"),
+    "half a surrogate in a name": (GOOD | {"image": "\ud83d.png"}, "image[0]", "type", "surrogate"),
+    "half a surrogate in a system": (GOOD | {"system": "\ud83d"}, "system", "type", "surrogate"),
     "tag in system": (GOOD | {"system": "<image>"}, "system", "image_tag", "system prompt"),
     "too many": ({"image": ["a"] * 3, "conversations": [turn("human", "<image>" * 3), PAIR[1]]}, "image", "max_media", "3 images, expected at most 2"),
 }
@@ -102,5 +126,45 @@ def test_any_value_is_parsed_or_refused_in_one_line(value):
     except DataError as error:
         assert str(error).isascii() and "\n" not in str(error)
     else:
-        assert [role for role, _ in found.turns] == (["human", "gpt"] * 4)[: len(found.turns)] and len(found.turns) > 1
-        assert sum(text.count("<image>") for _, text in found.turns) == len(found.images) <= 2
+        assert [turn.role for turn in found.turns] == (["human", "gpt"] * 4)[: len(found.turns)] and len(found.turns) > 1
+        assert sum(turn.text.count("<image>") for turn in found.turns) == len(found.images) <= 2
+
+
+# ---- NeVA's and LLaVA's looser ways
+
+
+def test_read_loosely_keeps_what_is_there():
+    odd = [turn("gpt", "") | {"label": ""}, turn("tool", "<image>"), turn("human", "a"), turn("human", "b")]
+    read = read_loosely({"image": ["x", "y", "z"], "system": "S", "conversations": odd}, where="w")
+    assert read == LooseRecord(("x", "y", "z"), True, (Turn("gpt", "", ""), Turn("tool", "<image>"), Turn("human", "a"), Turn("human", "b")), "S")
+    assert read_loosely({"conversations": "a <image>"}, where="w", interleaved=True) == LooseRecord((), False, (Turn("text", "a <image>"),), None)
+    assert read_loosely({"image": None, "conversations": PAIR}, where="w").has_image
+
+
+@settings(max_examples=200, deadline=None)
+@given(ANY_RECORD, st.booleans())
+def test_any_value_is_read_loosely_or_refused_in_one_line(value, interleaved):
+    try:
+        found = read_loosely(value, where="w", interleaved=interleaved)
+    except RecordError as error:
+        assert str(error).isascii() and "\n" not in str(error)
+    else:
+        assert len(found.turns) == (1 if interleaved else len(value["conversations"]))
+
+
+def test_adopt_img_tags():
+    """Of human turns alone, by the last part of the path; what has none, or has `image`, is the same object."""
+    turns = [turn("human", '<img src="a/b.png"> or <img src="c d.jpg">?'), turn("gpt", '<img src="e.png">'), turn("user", '<img src="f.png">')]
+    found = adopt_img_tags({"id": 1, "conversations": turns})
+    assert found["image"] == ["b.png", "c d.jpg", "f.png"] and found["id"] == 1
+    assert [turn["value"] for turn in found["conversations"]] == ["<image> or <image>?", '<img src="e.png">', "<image>"]
+    assert turns[0]["value"].startswith("<img"), "the record itself stays as it was"
+    for same in ({"conversations": turns, "image": None}, GOOD, {"conversations": "<img src='a'>"}, {"conversations": [turn("human", '<img src="">')]}, {}):
+        assert adopt_img_tags(same) is same
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fixed_dictionaries({}, optional={"image": VALUES, "conversations": st.lists(TURN, max_size=4) | VALUES}))
+def test_adopt_img_tags_of_anything(value):
+    """What is no turn is left for the parser to refuse."""
+    assert adopt_img_tags(value).keys() <= {"image", "conversations"}

@@ -1,6 +1,7 @@
 """The pixel cache: always the processor's own pixels, whatever happened to the file, the disk or the other processes."""
 
 import fcntl
+import hashlib
 import io
 import os
 import pickle
@@ -110,6 +111,19 @@ def test_a_bad_picture_is_an_error_each_time(cache):
     assert made == ["record 3: image 'a.png'"] * 2 and not os.path.exists(cache.path)
 
 
+def test_pixels_of_any_shape(tmp_path):
+    """NeVA's keep has a size of its own for each picture, LLaVA-NeXT's tiles have an axis more."""
+    sizes = [(70, 90), (90, 70), (64, 64), (200, 20)]
+    pictures = [picture(0, *size) for size in sizes]
+    for aspect, shapes in {
+        "keep": [(224, 288, 3), (288, 224, 3), (224, 224, 3), (440, 44, 3)],
+        "anyres": [(3, 64, 64, 3)] * 2 + [(2, 64, 64, 3), (3, 64, 64, 3)],
+    }.items():
+        cache = PixelCache(processor(aspect=aspect, image_grid_pinpoints=((64, 128), (128, 64), (64, 64))), tmp_path, PLENTY)
+        assert [cache(data, "").shape for data in pictures] == shapes
+        assert right(cache, *pictures) == 0 and cache.held()[0] == 4
+
+
 # ---- damage
 
 
@@ -125,11 +139,22 @@ def test_damaged_pixels_are_made_anew(cache):
     assert right(cache, *pictures) == 0
 
 
+def test_a_damaged_entry_is_written_anew(cache):
+    data = picture()
+    right(cache, data)
+    with open(cache.path, "r+b") as file:
+        file.seek(pixel_cache._page_of(hashlib.sha256(data).digest()) + 20)  # behind the key and the place: a shape of 10**15 bytes
+        file.write(b"\xff" * 6)
+    assert right(cache, data) == 1
+    assert right(cache, data) == 0 and cache.held()[0] == 1
+
+
 @pytest.mark.parametrize("size", [TABLE + SLOT + 5, TABLE, TABLE - 4096, 5000, 0])
 def test_a_file_cut_by_a_power_cut_is_filled_again(cache, size):
     pictures = [picture(seed) for seed in range(4)]
     right(cache, *pictures)
     os.truncate(cache.path, size)
+    assert cache.held() == (4 if size > 2**22 else 0, size)
     assert right(cache, *pictures) == (3 if size > TABLE else 4)
     right(cache, *pictures)  # a slot that two entries name belongs to one of them: the other one moves
     assert right(cache, *pictures) == 0
@@ -296,7 +321,7 @@ def test_processes_share_it_and_may_be_killed(tmp_path):
     assert subprocess.run([*command, "killed", "10"], cwd=ROOT).returncode == -9
     assert num_slots(cache) == 10 + 100 / SLOT
     writers = [subprocess.Popen([*command, name, "-1"], cwd=ROOT) for name in "abc"]
-    assert [writer.wait(60) for writer in writers] == [0] * 3 and num_slots(cache) == 151
+    assert [writer.wait(60) for writer in writers] == [0] * 3 and num_slots(cache) == 150 + 4096 / SLOT
     expected, cache.processor = [cache.processor(data, "") for data in pictures], None
     for data, pixels in zip(pictures, expected, strict=True):
         np.testing.assert_array_equal(cache(data, ""), pixels)

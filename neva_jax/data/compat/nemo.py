@@ -178,7 +178,7 @@ def parts_by_separator(string: str, label: re.Pattern) -> Iterator[Part]:
 parts_nv_dpo = functools.partial(parts_by_separator, label=re.compile(rf"^[\s\S]*?{LABELS}.*?\n"))
 parts_nvgpt = functools.partial(parts_by_separator, label=re.compile(f"{LABELS}quality:.*\n"))
 parts_llama_2 = functools.partial(parts_by_eos, separator="[/INST] ", prompt_less=(1, 2))
-USER_3, ASSISTANT_3 = ("<|start_header_id|>{}<|end_header_id|>\n\n".format(role) for role in ("user", "assistant"))
+USER_3, ASSISTANT_3 = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant"))
 
 V1 = Original(write_v1, functools.partial(parts_by_eos, separator=" ASSISTANT: ", prompt_less=(1, 2)), rewrites=True)
 LLAMA_2 = Original(write_llama_2, parts_llama_2, rewrites=True)
@@ -267,6 +267,8 @@ class NemoEncoder(Encoder):
         turns = list(record.turns)
         first = turns[0].text
         if self.sep_image_conv_front:
+            if self.template == "interleaved":
+                raise Refused("sep_image_conv_front needs turns, and an interleaved record has none")
             self._needs_placeholder(first)
             first = f"{PLACEHOLDER} USER: {first.replace(PLACEHOLDER, '').strip()}"
         if self.template == "plain":
@@ -296,10 +298,10 @@ class NemoEncoder(Encoder):
         return len(self.tokenizer.whole(text))
 
     def _media_index(self, ids: np.ndarray, num_images: int) -> np.ndarray:
-        """The k-th END token stands behind the k-th picture, or is its last position. A run whose end was cut off is not replaced."""
+        """The k-th END token that is read stands behind the k-th picture, or is its last position. A run whose end was cut off is not replaced."""
         _, start, end = (self._id(token) for token in self._media_tokens)
         index, length, outside = np.full(len(ids), -1, np.int32), self.media_length, int(self.use_im_start_end)
-        for k, place in enumerate(np.flatnonzero(ids == end)[:num_images]):
+        for k, place in enumerate(np.flatnonzero(ids[: len(ids) - self.extra_token] == end)[:num_images]):
             first = place + 1 - outside - length
             if first - outside >= 0 and ids[first - outside] == start:
                 index[first : first + length] = np.arange(k * length, (k + 1) * length)
