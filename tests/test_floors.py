@@ -46,7 +46,9 @@ def violations(source, unit):
             yield f"{unit} imports {name}"
         if library in ("train", "convert_torch", "configs", "tests") and floor < TOP and (unit, library) != ("config", "configs"):
             yield f"{unit} imports {name}"
-        if (library == "torch" and unit != "convert") or (library in ("jax", "jaxlib", "flax", "optax") and unit == "data") or (library == "ml_collections" and unit not in SEE_CONFIG):
+        if library == "torch" and unit != "convert":
+            yield f"{unit} imports {name}"
+        if (library in ("jax", "jaxlib", "flax", "optax") and unit == "data") or (library == "ml_collections" and unit not in SEE_CONFIG):
             yield f"{unit} imports {name}"
 
 

@@ -158,7 +158,7 @@ class ImageProcessor:
         return canvas
 
     def _resize_wide(self, picture):
-        """Pillow resizes in two passes, the cheaper order first: where that is the horizontal one, what is cropped or padded before the second costs it nothing,
+        """Pillow resizes in two passes, the cheaper one first: where that is the horizontal one, what is cropped or padded before the second costs it nothing
         and changes no pixel."""
         height = picture.height
         if self.aspect == "pad":

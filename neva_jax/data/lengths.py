@@ -36,7 +36,8 @@ def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0
         log.warning(f"{cut} of {len(table)} records are longer than model.encoder_seq_length {examples.encoder.max_length} and lose the end of an answer")
     if len(noted):
         first = examples.encoded(int(noted[0])).note
-        log.warning(f"{len(noted)} of {len(table)} records are taken as model.data.compat {examples.encoder.compat} takes them, and exact mode refuses: {first}")
+        mode = examples.encoder.compat
+        log.warning(f"{len(noted)} of {len(table)} records are taken as model.data.compat {mode} takes them; exact mode refuses such, the first: {first}")
     return Lengths(table[:, 0], table[:, 1], table[:, 2])
 
 

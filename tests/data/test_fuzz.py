@@ -1,6 +1,7 @@
 """Thousands of records, sound and broken, through every mode: the only error is the declared one, and what comes out holds together.
 
-The same records whenever the same tests run, since hypothesis is derandomised (it draws on constants of the modules that it sees). It takes some 10 s, most of them hypothesis' own, because it is thousands.
+The same records whenever the same tests run, since hypothesis is derandomised (it draws on constants of the modules that it sees). It takes some 10 s, most
+of them hypothesis' own, because it is thousands.
 """
 
 import copy

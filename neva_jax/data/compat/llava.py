@@ -86,7 +86,9 @@ class LlavaEncoder(NemoEncoder):
     @functools.cached_property
     def _style(self) -> str:
         name = self.template.removeprefix("llava:")
-        return "mpt" if name in ("mpt", "chatml_direct") else "llama_2" if "llama_2" in name or "mistral" in name else re.match("(llava_)?(v0|v1|plain)", name)[2]
+        if name in ("mpt", "chatml_direct"):
+            return "mpt"
+        return "llama_2" if "llama_2" in name or "mistral" in name else re.match("(llava_)?(v0|v1|plain)", name)[2]
 
     @property
     def _pad(self) -> int:
