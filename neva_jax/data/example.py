@@ -12,7 +12,7 @@ from neva_jax.data.records import Records
 from neva_jax.data.tokenize import IGNORE, Stream, shift
 from neva_jax.errors import DataError
 
-FORMAT = 3  # of a record's ids; part of the fingerprint: raise it when a template, the way of encoding or the cut changes
+FORMAT = 4  # of a record's ids; part of the fingerprint: raise it when a template, the way of encoding or the cut changes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_records_that_exact_mode_refuses_are_counted(tmp_path, caplog):
     for _ in range(2):
         found = read_lengths(examples, tmp_path / "cache")
         (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-        assert warning.getMessage().startswith("2 of 4 records are taken as model.data.compat nemo_v2.0.0 takes them, and exact mode refuses: ")
+        assert warning.getMessage().startswith("2 of 4 records are taken as model.data.compat nemo_v2.0.0 takes them; exact mode refuses such, the first: ")
         assert warning.getMessage().endswith(f"{tmp_path / 'data.json'}: record 1: video: videos are not supported; extract frames and list them under image")
         caplog.clear()
     assert found.supervised[2] == 0 and (np.delete(found.supervised, 2) > 0).all()
