@@ -35,8 +35,12 @@ log = logging.getLogger(__name__)
 
 def main(config) -> dict[str, float]:
     """Runs a config to its end, or to a stop request -> the last metrics; exits with 128 + the signal's number after one."""
+    with contextlib.closing(StopRequest()) as stop:
+        return story(config, stop)
+
+
+def story(config, stop: StopRequest) -> dict[str, float]:
     # ---- where: directory, devices ---------------------------------------------------------------------------------------------------------------
-    stop = StopRequest()
     run, mesh = build_run.log_dir(config), build_run.build_mesh(config)
     first_process = jax.process_index() == 0
     jax.set_mesh(mesh)
@@ -113,7 +117,7 @@ def main(config) -> dict[str, float]:
         return report
 
     batches, step, previous, report = train.batches(first_step, max_steps), first_step, None, {}
-    with contextlib.closing(checkpoints), contextlib.closing(metrics), contextlib.closing(stop):  # also when a record ends the run
+    with contextlib.closing(checkpoints), contextlib.closing(metrics):  # also when a record ends the run
         while step < max_steps and not watch.stopping:
             batch, lr = clock.next(batches), learning_rate(step)
             if step == first_step:

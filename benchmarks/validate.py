@@ -4,9 +4,10 @@
 
 Two sets: `num_records` records that share `num_pictures` pictures of 640 x 480, each decoded once a process; and `num_distinct` records with a picture each,
 where decoding counts; this one also with --headers_only. In each set ten records are defective, and exactly those must be found. Records a second are those
-that the command reports, by the clock, the start of its workers included; of the second set the best of three runs. On a machine that others use too they are
-a lower bound, so `load_average_before` is kept with them. Everything is in the page cache: disks are not measured. Prints one JSON object and keeps it in
-`results/validate.json`. Needs the `test` extra.
+that the command reports, by the clock, the start of its workers included; of the second set the best of three runs. On a machine that
+others use too they are a lower bound, so `load_average_before` is kept with them, and `cpu_seconds` of all processes, the start of Python and JAX included,
+which others disturb little: half of them is what two cores of one's own would take. Everything is in the page cache: disks are not measured. Prints one JSON
+object and keeps it in `results/validate.json`. Needs the `test` extra.
 """
 
 import argparse
@@ -44,12 +45,18 @@ def measure(folder: Path, name: str, defective: set[int], tokenizer: str, *argum
     }  # fmt: skip
     command = [sys.executable, "-m", "neva_jax.inspect_data", "--config=configs/finetune.py", "--validate", "--json", *arguments]
     command += [f"--config.model.{field}={value}" for field, value in changes.items()]
-    before = os.getloadavg()[0]
+    before, spent = os.getloadavg()[0], cpu_seconds()
     ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     found = json.loads(ended.stdout)
     assert ended.returncode == 1 and {defect["index"] for defect in found["defects"]} == defective and found["num_defects"] == len(defective)
     keys = ("num_records", "seconds", "records_per_second")
-    return {key: found[key] for key in keys} | {"load_average_before": before}
+    return {key: found[key] for key in keys} | {"load_average_before": before, "cpu_seconds": cpu_seconds() - spent}
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended by now."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main(num_records: int, num_pictures: int, num_distinct: int, tokenizer: str) -> dict:

@@ -94,8 +94,9 @@ class Tar:
             raise DataError(f"image {name!r} in {self.path}: {place}")
         offset, size = place
         _check_size(size, self.max_bytes, name, self.path)
-        if self._file is None:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this object)
+        with _lock:  # of two threads that open it, one would close the other's
+            if self._file is None:
+                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this object)
         data = os.pread(self._file.fileno(), size, offset)  # keeps no position, so threads may share the file
         if len(data) < size:
             raise DataError(f"image {name!r} in {self.path}: the tar ends inside it; copy or download the tar again")

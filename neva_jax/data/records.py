@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from neva_jax.data.record import RecordError, shown
 from neva_jax.data.scan import FORMAT, scan
 from neva_jax.errors import DataError
 
+_lock = threading.Lock()
 MAX_RECORD_BYTES = 64 * 2**20  # a longer one is a wrong file or a lost quote; NeVA's records are a few kilobytes
 
 
@@ -77,11 +79,13 @@ class Records:
 
     def _open(self):
         """-> offsets: int64[N + 1] (see `scan`), file."""
-        if self._offsets is None or self._file is None:
-            if _examined(self.path) != (self._size, self._mtime):
-                raise DataError(f"{self.path}: changed since this run opened it; start again, and leave data files alone while a run reads them")
-            self._offsets = self._load_index()
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this object)
+        if self._file is None:
+            with _lock:  # of two threads that open it, one would close the other's
+                if self._file is None:
+                    if _examined(self.path) != (self._size, self._mtime):
+                        raise DataError(f"{self.path}: changed since this run opened it; start again, and leave data files alone while a run reads them")
+                    self._offsets = self._load_index()
+                    self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this object)
         return self._offsets, self._file
 
     @property

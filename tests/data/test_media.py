@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import tarfile
+import time
 
 import pytest
 
@@ -200,3 +201,14 @@ def test_no_folder(tmp_path):
     for folder in (None, "", tmp_path / "none"):
         with pytest.raises(DataError, match="model.data.image_folder"):
             open_media(folder)
+
+
+def test_threads_share_the_opened_tar(tmp_path, monkeypatch):
+    """The first reads of many threads at once: none closes the file that another reads."""
+    path = make_tar(tmp_path / "a.tar", [("a.png", b"bytes")]) or tmp_path / "a.tar"
+    slow = lambda *args, **options: (time.sleep(0.01), open(*args, **options))[1]  # noqa: E731, SIM115
+    monkeypatch.setattr(media_module, "open", slow, raising=False)
+    for _ in range(5):
+        media = open_media(path)
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            assert set(threads.map(lambda _, media=media: media.read("a.png"), range(32))) == {b"bytes"}

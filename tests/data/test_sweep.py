@@ -43,15 +43,17 @@ def test_every_record_once_in_order(num_workers):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_arrives(num_workers):
+    before = signal.getsignal(signal.SIGINT)
     answers = sweep(refusing, range(10), num_workers, "test")
     assert next(answers) == 3
     with pytest.raises(DataError, match="record 5"):
         list(answers)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background deaf to control-C
 sys.path.insert(0, {folder!r})
 import neva_jax.data.sweep as module
 from slow_work import make

@@ -1,6 +1,7 @@
 """Every kind of defect is found, in every record that has it, once, by any number of processes; and what is sound is left in peace."""
 
 import json
+import pickle
 import re
 import tarfile
 from collections import Counter
@@ -40,7 +41,7 @@ def images(tmp_path_factory):
         "a.jpg": JPEG, "b.png": PNG, "cut.jpg": JPEG[:-600], "cut.png": PNG[: len(PNG) // 2], "empty.jpg": b"", "page.jpg": b"<html>404</html>",
         "heavy.png": PNG + bytes(MAX_BYTES), "huge.png": encoded(Image.new("1", (1000, 1000))), "film.jpg": b"\0\0\0\x20ftypisom" + bytes(100),
         "bomb.png": encoded(Image.new("1", (14000, 14000))), "head.jpg": JPEG[:12], "../beside.png": PNG,
-        "cut.tif": encoded(Image.fromarray(noise(48, 64)), "TIFF")[:-100],
+        "cut.tif": encoded(Image.fromarray(noise(48, 64)), "TIFF")[:50],
     }  # fmt: skip
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -103,7 +104,7 @@ DEFECTS = {
     "a folder": (sound(image="a folder.png"), "image", "unreadable", r"not a regular file"),
     "a cut JPEG": (sound(image="cut.jpg"), "image", "broken", r"image \"cut\.jpg\": the picture is cut off or damaged.*fetch"),
     "a cut PNG": (sound(image="cut.png"), "image", "broken", r"cut off or damaged"),
-    "a cut TIFF": (sound(image="cut.tif"), "image", "broken", r"cut off or damaged"),  # of which Pillow also warns
+    "a cut TIFF": (sound(image="cut.tif"), "image", "no_picture", r"no picture"),  # of which Pillow also warns
     "an empty file": (sound(image="empty.jpg"), "image", "broken", r"is empty"),
     "a page": (sound(image="page.jpg"), "image", "no_picture", r"no picture: it starts with b'<html>404<"),
     "a film": (sound(image="film.jpg"), "image", "no_picture", r"no picture"),
@@ -253,8 +254,7 @@ def test_any_number_of_processes_gives_the_same(made, monkeypatch, capfd):
 
 
 def test_a_file_that_changes_meanwhile_ends_it(made, tmp_path):
-    examples = made([sound()] * 3)
+    worker = pickle.dumps(made([sound()] * 3))
     (tmp_path / "0.jsonl").write_text("{}\n")
-    examples.sources[0]._offsets = None
     with pytest.raises(DataError, match="changed since"):
-        Validator(examples)(range(3))
+        Validator(pickle.loads(worker))(range(3))
