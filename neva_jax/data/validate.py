@@ -32,7 +32,11 @@ REMEMBERED = 2**16  # pictures whose state a process keeps in mind, so that one 
 
 
 class Defect(NamedTuple):
-    """index: of the record, over all files. field: its path in the record, "" for the whole. message: one line, from where it is to what to do."""
+    """index: of the record, over all files. field: its path in the record, "" for the whole. message: one line, from where it is to what to do.
+
+    kind: json and those of `parse_record`; template, no_label, too_long; special_token; duplicate_id; of pictures missing, outside (a name that leaves the
+    folder), unreadable (no regular file, no right to read it), oversized (bytes or pixels), no_picture and broken (cut off, damaged or empty).
+    """
 
     index: int
     field: str

@@ -37,6 +37,7 @@ def damaged():
             yield kind, data[:place] + source.randbytes(source.choice((1, 4, 40))) + data[place + 4 :]
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged pictures
 def test_it_refuses_what_training_refuses_and_no_other():
     """In the processor's words, which an eighth of a JPEG's size does not change."""
     processor = ImageProcessor((8, 8), 8)
