@@ -1,0 +1,152 @@
+"""Torch's own files (`.bin`, `.pt`, `.ckpt`) as lazy tensors: mapped, not read, and unpickled by torch's weights-only unpickler alone.
+
+Checksums are compared first, which reads a file once: torch itself looks at none. What Lightning keeps beside its weights (OmegaConf's objects) is replaced by
+objects that do nothing; everything else that is no tensor and no plain container is refused.
+"""
+
+import io
+import re
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from neva_jax.errors import UserError
+
+MINIMUM = (2, 10)  # before it the weights-only unpickler had holes
+BLOCK = 2**22  # bytes of a checksummed read
+BYSTANDERS = re.compile(
+    r"(omegaconf|nemo|megatron|pytorch_lightning|lightning|lightning_fabric|transformer_engine)\.[\w.]+|argparse\.Namespace|collections\.defaultdict"
+    r"|pathlib\.\w+|typing\.Any|builtins\.(dict|list|tuple|str|int|float|bool)"
+)
+
+
+@dataclass(frozen=True)
+class TorchTensor:
+    file: str
+    name: str
+    tensor: object
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self) -> np.ndarray:
+        """A view of the mapped file."""
+        return to_numpy(self.tensor, f"{self.file}: {self.name}")
+
+
+class Bystander:
+    """Stands for an object of a library that is not asked: takes anything, does nothing."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_torch(path: str | Path, where: str = "") -> dict[str, TorchTensor]:
+    """{name: tensor} of a state dict; of a checkpoint of PyTorch Lightning, of its state_dict. Entries that are no tensors are left out.
+
+    where: what errors call the file, if it is a copy of another.
+    """
+    path, where = Path(path), where or str(path)
+    found = unpickle(path, where)
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: holds {type(found).__name__}, expected a dictionary of tensors")
+    torch = require_torch(where)
+    tensors = {str(name): TorchTensor(where, str(name), value) for name, value in found.items() if isinstance(value, torch.Tensor)}
+    if found and not tensors:
+        raise UserError(f"{where}: no tensors in it, found {', '.join(map(str, list(found)[:6]))}; expected a state dict, or one under state_dict")
+    return tensors
+
+
+def unpickle(source: Path | io.BytesIO, where: str):
+    """What torch.save wrote, if it is nothing but tensors and plain containers."""
+    torch = require_torch(where)
+    try:
+        with open(source, "rb") if isinstance(source, Path) else source as file:
+            is_zip = file.read(4) == b"PK\3\4"  # files of torch before 1.6 are not, and cannot be mapped
+            if is_zip:
+                _check_records(file, where)
+            file.seek(0)
+            bystanders = _bystanders(torch, file) if is_zip else []
+            file.seek(0)
+            with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([io.BytesIO, *bystanders]):  # BytesIO: _extra_state entries
+                mapped = is_zip and isinstance(source, Path)
+                return torch.load(source if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{where}: cannot be opened ({error.strerror or error})") from None
+    except Exception as error:  # torch answers damaged and hostile files with nearly every exception there is
+        raise UserError(f"{where}: not a torch file of plain tensors ({_reason(error)}); nothing else is unpickled: save a state dict or safetensors") from None
+
+
+def _reason(error: Exception) -> str:
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it names {named[1]}"
+    return (str(error).split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _bystanders(torch, file) -> list[tuple[type, str]]:
+    return [(Bystander, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(file) if BYSTANDERS.fullmatch(name)]
+
+
+def _check_records(file, where: str) -> None:
+    try:
+        archive = zipfile.ZipFile(file)
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{where}: its record {record.filename} is compressed, which torch.save never does; save it anew with torch.save")
+            if record.CRC:  # 0: torch.serialization.set_crc32_options(False)
+                with archive.open(record) as content:
+                    while content.read(BLOCK):
+                        pass
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
+        raise UserError(f"{where}: is cut off or damaged ({error}); copy the file again") from None
+
+
+def save_torch(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """A state dict, as the originals save it."""
+    torch = require_torch(path)
+    torch.save(OrderedDict((name, from_numpy(array)) for name, array in arrays.items()), path)
+
+
+def to_numpy(tensor, where: str) -> np.ndarray:
+    import torch
+
+    try:
+        tensor = tensor.detach()
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, 8-bit floats
+        raise UserError(f"{where} cannot be read ({str(error).splitlines()[0][:200]}); expected a plain tensor of float32, float16 or bfloat16") from None
+
+
+def from_numpy(array: np.ndarray):
+    """The array as a torch tensor on the same memory."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def require_torch(path):
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path}: torch's files need torch; pip install torch==2.13.0 (the CPU wheel will do), or bring safetensors") from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM:
+        raise UserError(f"{path}: torch's files need torch {'.'.join(map(str, MINIMUM))} or later, found {torch.__version__}; older ones unpickle unsafely")
+    return torch
