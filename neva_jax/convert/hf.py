@@ -105,9 +105,12 @@ def projector_rules(kind: str, names) -> list[Rule]:
 
 
 def key_map(model_config, names=()) -> KeyMap:
-    """model_config: the build's ModelConfig (llm, vision, projector); names: their canonical names, which decide between spellings."""
-    rules = llama_rules(model_config.llm) + clip_rules(model_config.vision) + projector_rules(model_config.projector, names)
-    return KeyMap(rules, {"llm": model_config.llm.num_layers, "vision_encoder": model_config.vision.num_layers})
+    """model_config: NevaConfig; a part that is None has no rules, and a projector needs both others. names: their canonical names, which decide between
+    spellings."""
+    llm, vision = model_config.llm, model_config.vision
+    rules = (llama_rules(llm) if llm else []) + (clip_rules(vision) if vision else [])
+    rules += projector_rules(model_config.projector, names) if llm and vision else []
+    return KeyMap(rules, {part: config.num_layers for part, config in (("llm", llm), ("vision_encoder", vision)) if config})
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------------------------------------
@@ -188,3 +191,61 @@ def rope_of(text: dict, head_dim: int) -> Rope:
         raise UserError(f"rope_scaling of type {kind!r} without {' and '.join(missing)}; the config.json is not whole")
     numbers = tuple(scaling[name] for name in ROPE_FIELDS[kind])
     return Rope(head_dim, base, interpolation=numbers[0] if kind == "linear" else 1.0, llama3=numbers if kind == "llama3" else None)
+
+
+# ---- and back ----------------------------------------------------------------------------------------------------------------------------------------
+
+CLASSIC = (  # (canonical, llava-hf's); what a language model and a tower are called by themselves
+    ("llm.lm_head.", "language_model.lm_head."), ("llm.", "language_model.model."), ("vision_encoder.", "vision_tower.vision_model."),
+    ("projector.", "multi_modal_projector."),
+)  # fmt: skip
+ALONE = (("llm.lm_head.", "lm_head."), ("llm.", "model."), ("vision_encoder.", "vision_model."))
+HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+
+
+def spelt(name: str, alone: bool) -> str:
+    """A canonical name as files have it that every program reads: llava-hf's classic layout, or a language model's or tower's own."""
+    return next(theirs + name.removeprefix(ours) for ours, theirs in (ALONE if alone else CLASSIC) if name.startswith(ours))
+
+
+def text_config(llm: LlamaConfig, kind: str, vocab_size: int, max_positions: int) -> dict:
+    """config.json of a language model. kind: "llama" or "mistral". Raises UserError for what transformers' Llama cannot compute."""
+    act = HIDDEN_ACT.get(llm.activation.removeprefix("fast-"))
+    misfits = {
+        f"model type {kind!r} (expected llama or mistral)": kind not in ("llama", "mistral"),
+        f"normalization {llm.normalization} (expected rmsnorm)": llm.normalization != "rmsnorm",
+        f"activation {llm.activation} (expected fast-swiglu, fast-geglu or fast-reglu)": act is None,
+        "openai_gelu (expected False)": llm.openai_gelu,
+        f"rotary_percentage {llm.rope.percentage} (expected 1.0)": llm.rope.percentage != 1.0,
+        "seq_len_interpolation_factor beside scale_positional_embedding (expected one of them)": llm.rope.interpolation != 1.0 and llm.rope.llama3,
+        f"an attention scale of {llm.attention_scale} (expected normalize_attention_scores True)": llm.attention_scale is not None,
+        "qkv_bias without bias (expected biases on all projections or on none)": llm.qkv_bias and not llm.bias,
+        "bias in a mistral (expected none; or export it as llama)": llm.bias and kind == "mistral",
+    }
+    if found := [words for words, misfit in misfits.items() if misfit]:
+        raise UserError(f"the language model is no Llama that transformers could compute, by its {'; '.join(found)}; export it as .nemo instead")
+    biases = {"attention_bias": llm.bias, "mlp_bias": llm.bias} if kind == "llama" else {"sliding_window": None}
+    return {
+        "architectures": ["MistralForCausalLM" if kind == "mistral" else "LlamaForCausalLM"], "model_type": kind, "vocab_size": vocab_size,
+        "hidden_size": llm.hidden_size, "intermediate_size": llm.ffn_hidden_size, "num_hidden_layers": llm.num_layers,
+        "num_attention_heads": llm.num_attention_heads, "num_key_value_heads": llm.num_query_groups, "head_dim": llm.head_dim, "hidden_act": act,
+        "rms_norm_eps": llm.layernorm_epsilon, "max_position_embeddings": max_positions, "initializer_range": llm.init_std,
+        "tie_word_embeddings": llm.tied, **biases, **rope_config(llm.rope),
+    }  # fmt: skip
+
+
+def rope_config(rope: Rope) -> dict:
+    """rope_theta and rope_scaling for transformers 4, rope_parameters for 5."""
+    kind = "llama3" if rope.llama3 else "linear" if rope.interpolation != 1.0 else "default"
+    scaling = {"rope_type": kind, **dict(zip(ROPE_FIELDS[kind], rope.llama3 or (rope.interpolation,), strict=False))}
+    older = None if kind == "default" else scaling | ({"type": kind} if kind == "linear" else {})
+    return {"rope_theta": rope.base, "rope_scaling": older, "rope_parameters": scaling | {"rope_theta": rope.base}}
+
+
+def vision_config(vision: ClipVisionConfig) -> dict:
+    """config.json of a CLIP tower."""
+    return {
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size, "num_hidden_layers": vision.num_layers, "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size, "patch_size": vision.patch_size, "hidden_act": vision.hidden_act, "layer_norm_eps": vision.layernorm_epsilon,
+    }  # fmt: skip
