@@ -105,7 +105,7 @@ JINJA = """\
 {%- set bos = @BOS@ -%}
 {%- set eos = @EOS@ -%}
 {%- set spelt = @SPELT@ -%}
-{%- set ns = namespace(begins=true, opens=true, round=0, system=@SYSTEM@, label=@LABEL@) -%}
+{%- set ns = namespace(begins=true, opens=true, system=@SYSTEM@, label=@LABEL@) -%}
 {%- macro text(value) -%}
     {%- if value -%}
         {%- if ns.begins -%}{{ @LEAD@ }}{%- endif -%}
