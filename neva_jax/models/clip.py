@@ -57,6 +57,11 @@ class ClipVisionConfig:
         return self.image_size // self.patch_size
 
     @property
+    def num_positions(self) -> int:
+        """Vectors that the blocks compute: the patches and the class token."""
+        return self.grid**2 + 1
+
+    @property
     def num_tokens(self) -> int:
         """S: vectors an image gives."""
         return self.grid**2 + self.keep_class_token
@@ -88,7 +93,7 @@ class ClipVision(nnx.Module):
         self.config, self.runner = config, runner
         self.class_embedding = nnx.Param(normal(dim**-0.5)(rngs.params(), (dim,)), axes=(None,))
         self.patch_embedding = Linear(config.patch_size**2 * 3, dim, axes=(None, "embed"), bias=False, rngs=rngs)
-        self.position_embedding = Embedding(config.grid**2 + 1, dim, axes=(None, "embed"), init=normal(dim**-0.5), rngs=rngs)
+        self.position_embedding = Embedding(config.num_positions, dim, axes=(None, "embed"), init=normal(dim**-0.5), rngs=rngs)
         self.pre_layrnorm = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)  # sic: CLIP's own spelling
         self.layers = stack(lambda rngs: ClipBlock(config, attend, rngs=rngs), config.num_layers, rngs=rngs)
         self.post_layernorm = LayerNorm(dim, config.layernorm_epsilon, rngs=rngs)

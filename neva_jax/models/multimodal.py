@@ -1,6 +1,6 @@
 """The trunk: encoder -> projector -> fusion -> language model. It knows neither pictures nor sound: an encoder turns media into features, that is all.
 
-NeVA: ClipVision, Projector, Llama. SALM will bring another encoder and projector to the same trunk.
+NeVA: ClipVision or SiglipVision, Projector, Llama. SALM will bring another encoder and projector to the same trunk.
 """
 
 import dataclasses
@@ -14,8 +14,11 @@ from neva_jax.models.clip import ClipVision, ClipVisionConfig
 from neva_jax.models.fusion import fuse
 from neva_jax.models.llama import Llama, LlamaConfig
 from neva_jax.models.projector import Projector
+from neva_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from neva_jax.parallel.layer_runner import scan_layers
 from neva_jax.parallel.sharding import constrain
+
+TOWERS = {ClipVisionConfig: ClipVision, SiglipVisionConfig: SiglipVision}
 
 
 class MultimodalModel(nnx.Module):
@@ -43,7 +46,7 @@ class MultimodalModel(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class NevaConfig:
     llm: LlamaConfig
-    vision: ClipVisionConfig
+    vision: ClipVisionConfig | SiglipVisionConfig
     projector: str  # a kind of models/projector.py
 
     @property
@@ -53,10 +56,10 @@ class NevaConfig:
         return half**2 if self.projector.startswith("mlp_downsample") else self.vision.num_tokens
 
 
-def neva(config: NevaConfig, *, rngs: nnx.Rngs, llm_attend=attend, vision_attend=attend, runner=scan_layers) -> MultimodalModel:
-    """NeVA: CLIP tower, projector, Llama. The attention kernels and the way layers are run are handed in."""
+def neva(config: NevaConfig, *, rngs: nnx.Rngs, llm_attend=attend, vision_attend=attend, runner=scan_layers, vision_runner=scan_layers) -> MultimodalModel:
+    """NeVA: the tower of the type of `config.vision`, projector, Llama. The attention kernels and the way layers are run are handed in."""
     return MultimodalModel(
-        vision_encoder=ClipVision(config.vision, attend=vision_attend, runner=scan_layers, rngs=rngs),
+        vision_encoder=TOWERS[type(config.vision)](config.vision, attend=vision_attend, runner=vision_runner, rngs=rngs),
         projector=Projector(config.projector, config.vision.hidden_size, config.llm.hidden_size, rngs=rngs),
         llm=Llama(config.llm, attend=llm_attend, runner=runner, rngs=rngs),
     )

@@ -20,7 +20,7 @@ def row_flops(config: NevaConfig, *, tokens: int, supervised: int, media: int, t
     attention = 2 * tokens**2 * heads * llm.num_layers * (1 + 2 * below)
     head = 2 * supervised * llm.hidden_size * llm.padded_vocab_size * passes
 
-    length = vision.grid**2 + 1
+    length = vision.num_positions
     encoder_block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
     encoder = 2 * length * encoder_block * vision.num_computed_layers + 4 * length**2 * vision.hidden_size * vision.num_computed_layers
     encoder += 2 * length * vision.hidden_size * 3 * vision.patch_size**2
