@@ -11,8 +11,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from neva_jax.checkpoint.stream import chunking, open_lazily
 from neva_jax.errors import UserError
-from neva_jax.transforms.select import flatten, nest
+from neva_jax.parallel.sharding import place
+from neva_jax.transforms.select import nest
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,10 @@ class Checkpoints:
         """Starts writing `state` (see training/step.py) as checkpoint `step` and returns; a step that is there already is left alone."""
         if step in self._manager.all_steps():
             return
+        rest = named_leaves({"opt_state": state["opt_state"], "skipped": state["skipped"]})
         items = {
-            "trainable": ocp.args.StandardSave(nest(state["params"])),
-            "optimizer": ocp.args.StandardSave(nest(named_leaves({"opt_state": state["opt_state"], "skipped": state["skipped"]}))),
+            "trainable": ocp.args.StandardSave(nest(state["params"]), save_args=nest(chunking(state["params"]))),
+            "optimizer": ocp.args.StandardSave(nest(rest), save_args=nest(chunking(rest))),
             "meta": ocp.args.JsonSave(meta),
         }
         known = {self.monitor: metrics[self.monitor]} if self.monitor in metrics else None
@@ -56,17 +59,12 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state: dict) -> dict:
         """The state of a step, each array born where `abstract_state` (ShapeDtypeStructs with shardings) says, on whatever mesh."""
-        rest = {"opt_state": abstract_state["opt_state"], "skipped": abstract_state["skipped"]}
-        args = ocp.args.Composite(
-            trainable=ocp.args.StandardRestore(nest(abstract_state["params"])), optimizer=ocp.args.StandardRestore(nest(named_leaves(rest)))
-        )
+        step_directory, rest = self.directory / str(step), {"opt_state": abstract_state["opt_state"], "skipped": abstract_state["skipped"]}
         try:
-            found = self._manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0][:300]
-            raise UserError(f"{self.directory / str(step)}: cannot be restored ({reason}); remove it to resume from an older one") from error
-        rest = with_leaves(rest, flatten(found["optimizer"]))
-        return {"params": flatten(found["trainable"]), **rest}
+            params = load_tree(step_directory / "trainable", abstract_state["params"], whole=True)
+            return {"params": params, **with_leaves(rest, load_tree(step_directory / "optimizer", named_leaves(rest), whole=True))}
+        except UserError as error:
+            raise UserError(f"{error}; or remove {step_directory} to resume from an older one") from error
 
     def close(self) -> None:
         """Waits for what is still being written; an error of a background write surfaces here."""
@@ -76,21 +74,24 @@ class Checkpoints:
 
 def saved_paths(directory: Path) -> dict[str, tuple[int, ...]]:
     """{path: shape} of a tree of weights that was saved under `directory`."""
-    metadata = ocp.StandardCheckpointer().metadata(directory.absolute())
-    tree = getattr(metadata, "item_metadata", metadata)
-    tree = getattr(tree, "tree", tree)
-    return {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+    return {path: array.shape for path, array in open_lazily(directory).items()}
 
 
-def load_tree(directory: Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Some weights of a saved tree, each born where its target says."""
-    restore_args = jax.tree.map(lambda t: ocp.ArrayRestoreArgs(sharding=t.sharding, dtype=t.dtype, global_shape=t.shape), nest(targets))
-    args = ocp.args.PyTreeRestore(item=nest(targets), restore_args=restore_args, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return flatten(checkpointer.restore(directory.absolute(), args=args))
+def load_tree(directory: Path, targets: dict[str, jax.ShapeDtypeStruct], whole: bool = False) -> dict[str, jax.Array]:
+    """Weights of a saved tree, each born where its target says, one after the other: the host holds no more than its own shards of one array.
+    whole: the tree must hold nothing else."""
+    saved = open_lazily(directory)
+    missing, more = sorted(targets.keys() - saved.keys()), sorted(saved.keys() - targets.keys()) if whole else []
+    if missing or more:
+        found = [f"{len(paths)} {what} ({', '.join(paths[:4])}{', ...' * (len(paths) > 4)})" for paths, what in ((missing, "missing"), (more, "more")) if paths]
+        raise UserError(f"{directory}: holds other weights than the config asks for: {', '.join(found)}; restore the config it was saved with")
+    for path, target in targets.items():
+        if saved[path].shape != target.shape:
+            raise UserError(f"{directory}: {path} has the shape {list(saved[path].shape)}, the config says {list(target.shape)}")
+    return {path: place(saved[path], target) for path, target in targets.items()}
 
 
 def save_tree(directory: Path, weights: dict[str, jax.Array]) -> None:
     """Weights by path, written at once; what was there is replaced."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), nest(weights), force=True)
+        checkpointer.save(directory.absolute(), nest(weights), save_args=nest(chunking(weights)), force=True)

@@ -5,6 +5,7 @@ A stacked weight has more dimensions than axes: the leading ones are layers.
 """
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from neva_jax.errors import UserError
@@ -76,3 +77,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def place(array, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array where its target says, in its dtype. array: `[slices]` reads a block: each device's own is read, and one that several devices hold only once."""
+    blocks: dict[str, np.ndarray] = {}
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in blocks:
+            blocks[str(index)] = np.asarray(array[index]).astype(target.dtype, copy=False)
+        return blocks[str(index)]
+
+    return jax.make_array_from_callback(target.shape, target.sharding, block)

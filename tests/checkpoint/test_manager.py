@@ -2,9 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from neva_jax.checkpoint import stream
 from neva_jax.checkpoint.manager import Checkpoints
+from neva_jax.checkpoint.stream import open_lazily
+from neva_jax.errors import UserError
 
 
 def state(value: float) -> dict:
@@ -41,3 +45,45 @@ def test_round_trip(tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(state(0.0))
     assert (found["params"]["a/b"] == state(0.1)["params"]["a/b"]).all()
     checkpoints.close()
+
+
+def abstract(state: dict) -> dict:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+def test_chunks_of_a_sharded_step(tmp_path, monkeypatch):
+    """Weights and moments alike: chunks of one layer, within a shard and CHUNK bytes; restored onto another mesh."""
+    monkeypatch.setattr(stream, "CHUNK", 1024)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("pipeline", "tensor"))
+    place = jax.sharding.NamedSharding(mesh, jax.P("pipeline", None, "tensor"))
+    weight = {"llm/layers/q_proj/kernel": jax.device_put(np.random.default_rng(0).standard_normal((6, 32, 64), np.float32), place)}
+    whole = {"params": weight, "opt_state": ({"mu": weight, "count": jnp.int32(3)}, ()), "skipped": jnp.int32(0)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, whole, {}, {})
+    checkpoints.close()
+    for item, path in (("trainable", "llm/layers/q_proj/kernel"), ("optimizer", "opt_state/0/mu/llm/layers/q_proj/kernel")):
+        assert open_lazily(tmp_path / "1" / item)[path]._store.chunk_layout.read_chunk.shape == (1, 32, 8)  # of a shard (3, 32, 16)
+    target = abstract(jax.device_put(whole, jax.devices()[3]))
+    checkpoints = Checkpoints(tmp_path)
+    found = checkpoints.restore(1, target)
+    checkpoints.close()
+    assert jax.tree.all(jax.tree.map(lambda a, b, t: bool((np.asarray(a) == np.asarray(b)).all()) and a.sharding == t.sharding, found, whole, target))
+
+
+def test_restore_of_what_is_not_there(tmp_path, capfd):
+    """Weights that the step lacks, has beyond the config, or holds in another shape, and a damaged file: one error that names the step."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, state(0.1), {}, {})
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    good = abstract(state(0.1))
+    more = good["params"] | {"a/c": good["params"]["a/b"]}
+    wide = {"a/b": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=good["params"]["a/b"].sharding)}
+    for params, said in ((more, "1 missing .a/c."), ({"a/c": more["a/c"]}, "1 missing .a/c., 1 more .a/b."), (wide, r"a/b has the shape \[3\]")):
+        with pytest.raises(UserError, match=f"{said}.*or remove {tmp_path / '7'} to resume"):
+            checkpoints.restore(7, good | {"params": params})
+    (tmp_path / "7/optimizer/manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match=f"optimizer: cannot be read.*or remove {tmp_path / '7'} to resume"):
+        checkpoints.restore(7, good)
+    checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err
