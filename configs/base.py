@@ -199,9 +199,9 @@ def mm_cfg() -> dict:
             "hidden_size": 1024,
             "vision_select_layer": -2,  # -1: after the last block, -2: after the last but one
             "vision_select_feature": "patch",  # patch drops the class token, cls_patch keeps it
-            "class_token_length": 1,
+            "class_token_length": 1,  # 0 for SigLIP
             "freeze": True,
-            "model_type": null(str),
+            "model_type": null(str),  # clip_vision_model or siglip_vision_model; null: what the weights are, and CLIP without any
             "num_layers": 24,  # ours, as the four below: a tower built without a checkpoint
             "num_attention_heads": 16,
             "ffn_hidden_size": 4096,

@@ -22,7 +22,8 @@ LLM_SHAPE = paths(
 )
 VISION_SHAPE = paths(
     VISION,
-    "patch_dim crop_size hidden_size vision_select_layer vision_select_feature num_layers num_attention_heads ffn_hidden_size layernorm_epsilon hidden_act",
+    "patch_dim crop_size hidden_size vision_select_layer vision_select_feature num_layers num_attention_heads ffn_hidden_size layernorm_epsilon hidden_act "
+    "model_type class_token_length",
 )
 ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what they mean: another value cannot resume a run
 
@@ -101,7 +102,6 @@ INERT_GROUPS = (  # (section, names, reason)
     ("model", "megatron_amp_O2", "masters of what trains are fp32 and frozen weights are stored in the compute dtype either way"),
     ("model", "native_amp_init_scale native_amp_growth_interval hysteresis", "read only with precision 16"),
     ("model", "fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo reduce_amax fp8_frozen_weights fp8_scaling", "read only with fp8"),
-    (VISION, "model_type", "NeVA never read it"),
     ("model.mm_cfg.lita", "lita_video_arch visual_token_format sample_frames", "read only with use_lita"),
     ("model.tokenizer", "delimiter", "read only by tabular tokenizers"),
     ("model.data", "micro_batch_size global_batch_size", "model.micro_batch_size and model.global_batch_size are read instead"),
@@ -154,7 +154,6 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     ("model", "megatron_legacy", "weights in Megatron's first layout of q, k and v cannot be read"),
     ("model", "reset_lr reset_lr_steps", "a resumed run continues its schedule; start a new run from the weights with model.restore_from_path"),
     (VISION, "from_hf", "towers are read from Hugging Face's layout"),
-    (VISION, "class_token_length", "towers without a class token are not in this version"),
     ("model.mm_cfg", "use_lita", LATER),
     ("model.data", "packed_sequence", LATER),
     ("model.data", "is_multimodal", "records without an image are read as they are"),
@@ -198,6 +197,7 @@ CHOICES = {  # honoured fields with a fixed set of values
     "model.activations_checkpoint_granularity": (None, "selective", "full"),
     "model.activations_checkpoint_method": (None, "uniform", "block"),
     f"{VISION}.vision_select_feature": ("patch", "cls_patch"),
+    f"{VISION}.model_type": (None, "clip_vision_model", "clip", "siglip_vision_model", "siglip"),
     f"{VISION}.hidden_act": ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
     "model.tokenizer.library": ("sentencepiece", "huggingface", "megatron"),
     "model.data.image_aspect_ratio": ("square", "pad", None),
@@ -278,6 +278,7 @@ RULES = {  # {path: (what holds for every value but null, in words)}
     "trainer.val_check_interval": (lambda v: _number(v) and v > 0 and (_whole(v) or v <= 1), "a number of steps, or a share of an epoch such as 0.5"),
     "trainer.limit_val_batches": (lambda v: _number(v) and v >= 0 and (_whole(v) or v <= 1), "a number of global batches, or a share such as 0.5"),
     f"{CHECKPOINTS}.save_top_k": (lambda v: v >= -1, "a number of checkpoints, 0 for none or -1 for all"),
+    f"{VISION}.class_token_length": (lambda v: v in (0, 1), "1, or 0 for a tower without a class token"),
     "model.rotary_percentage": (lambda v: 0 < v <= 1, "a share above 0, at most 1"),
     "model.trainable": (lambda v: isinstance(v, tuple) and all(map(_row, v)), "rows (path pattern, learning-rate factor, weight decay or None)"),
     "model.mm_cfg.mm_mlp_adapter_type": (

@@ -1,56 +1,59 @@
-"""The one opener of weights: a run of ours or a Hugging Face directory, as a list of sources.
+"""The one opener of weights: a run of ours or a step of it, a Hugging Face directory, a .nemo, or a file of a projector's weights, as a list of sources.
 
-A source has `shapes` ({path: shape}), `load(targets) -> {path: array}` and `published` (None, or how to find it again: directory and digest).
+A source has `shapes` ({path: shape, or None where that is not known yet}), `load(targets) -> {path: array}`, `lazy(path, shape)`, which is read when it is
+asked for, and `published` (None, or how to find it again: directory and digest).
 """
 
 import json
+import tarfile
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from neva_jax.checkpoint.base import SavedTree, read_base
-from neva_jax.convert import hf
+from neva_jax.convert import source
 from neva_jax.convert.keymap import some
-from neva_jax.convert.weights import headers_digest
+from neva_jax.convert.source import PARTS
+from neva_jax.convert.weights import full_digest, headers_digest
 from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
 
-PARTS = ("llm", "vision_encoder", "projector")
+FORMATS = {  # what a path holds: in words
+    "orbax": "a run of this program (config.json with checkpoints/ or base/), or a step of it",
+    "hf": "a Hugging Face model directory (config.json and *.safetensors or pytorch_model*.bin)",
+    "nemo": "a .nemo file or its unpacked directory",
+    "tensors": "a file of weights (.safetensors, .bin), such as LLaVA's mm_projector.bin",
+}
+OPENERS = {"hf": source.huggingface, "nemo": source.nemo_file, "tensors": source.huggingface}
 
 
-class HuggingFaceSource:
-    """Weights of a Hugging Face directory, read tensor by tensor through the key map. parts: what to take of it, e.g. ("llm",).
+def format_of(path: str | Path, field: str = "the path") -> str:
+    """Which of FORMATS a path holds. field: what an error calls the path."""
+    path = Path(path)
+    if path.is_dir():
+        if checkpoints_of(run_of(path)) is not None:
+            return "orbax"
+        if (path / "model_config.yaml").exists() or (path / "context").is_dir():
+            return "nemo"
+        if (path / "config.json").exists():
+            return "hf"
+    elif path.is_file():
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            return "tensors"
+        if path.suffix == ".nemo" or tarfile.is_tarfile(path):
+            return "nemo"
+    else:
+        raise UserError(f"{field}: there is no {path}; expected a local path (nothing is downloaded)")
+    raise UserError(f"{field}: {path} is none of these: {'; '.join(FORMATS.values())}")
 
-    Names that belong to no part are kept, for `load` to complain of: weights that nobody recognises are not dropped in silence.
-    """
 
-    def __init__(self, directory: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS):
-        self.directory = Path(directory)
-        skipped = set(PARTS) - set(parts)
-        self.tensors = {name: t for name, t in hf.open_tensors(directory).items() if name.split(".")[0] not in skipped}
-        if config.llm.tied:
-            self.tensors.pop("llm.lm_head.weight", None)  # some files repeat the table; transformers reads past it as well
-        self.key_map = hf.key_map(config, self.tensors)
-        present = {name.split(".")[0] for name in self.tensors}
-        self.paths = [path for path in self.key_map.rules if path.split("/")[0] in present]
-        self.published = {"directory": str(self.directory.absolute()), "digest": headers_digest(directory), "parts": list(parts)}
+# ---- runs --------------------------------------------------------------------------------------------------------------------------------------------
 
-    @property
-    def shapes(self) -> dict[str, None]:
-        """Paths only; each tensor's shape is checked when it is read."""
-        return dict.fromkeys(self.paths)
 
-    def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        unwanted = set(PARTS) - {path.split("/")[0] for path in targets}
-        tensors = {name: t for name, t in self.tensors.items() if name.split(".")[0] not in unwanted}
-        paths = [path for path in self.paths if path.split("/")[0] not in unwanted]
-        self.key_map.check(tensors, paths, str(self.directory))
-        return {path: self._load(path, target) for path, target in targets.items()}
-
-    def _load(self, path: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-        array = np.asarray(self.key_map.read(self.tensors, path, target.shape, str(self.directory)), target.dtype)
-        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
+def run_of(path: Path) -> Path:
+    """A run, of itself, of its checkpoints/ or of a step of them."""
+    candidates = (path, path.parent, path.parent.parent) if not (path / "config.json").exists() else (path,)
+    return next((run for run in candidates if (run / "base.json").exists()), path)
 
 
 def checkpoints_of(path: Path) -> Path | None:
@@ -60,35 +63,23 @@ def checkpoints_of(path: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):  # a Hugging Face directory has a config.json too
         return None
     directory = Path(params["dirpath"] or path / "checkpoints")
-    return directory if directory.is_dir() else None
+    return directory if directory.is_dir() or (path / "base.json").exists() else None
 
 
 def is_run(path: Path) -> bool:
     return checkpoints_of(path) is not None
 
 
-def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS) -> list:
-    """Sources for a path that `field` of the config names."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{field}: no directory {path}; expected a run of this program or a Hugging Face model directory (nothing is downloaded)")
-    if is_run(path):
-        return open_run(path, config, parts)
-    if (path / "config.json").exists():
-        source = HuggingFaceSource(path, config, parts)
-        if not source.paths:
-            raise UserError(f"{field}: {path} holds no weights of {' or '.join(parts)}; found {some(sorted(hf.open_tensors(path)))}")
-        return [source]
-    raise UserError(f"{field}: {path} is neither a run (config.json and checkpoints/) nor a Hugging Face model directory (config.json and *.safetensors)")
-
-
-def open_run(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
-    """The newest checkpoint's trainable weights first, then what the run stands on."""
+def open_run(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
+    """The trainable weights of the newest checkpoint, or of the step that is named, then what the run stands on."""
+    run = run_of(path)
     directory = checkpoints_of(run)
-    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
-    if not steps:
+    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True) if directory.is_dir() else []
+    if path.name.isdigit() and path != run:
+        steps = [int(path.name)]
+    if not steps and not read_base(run).get("whole"):
         raise UserError(f"{run}: this run has no checkpoint yet")
-    return [SavedTree(directory / str(steps[0]) / "trainable", parts), *open_base(run, config, parts)]
+    return [SavedTree(directory / str(step) / "trainable", parts) for step in steps[:1]] + open_base(run, config, parts)
 
 
 def open_base(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
@@ -96,11 +87,34 @@ def open_base(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> 
     base = read_base(run)
     sources: list = [SavedTree(run / "base", parts)] if base["copied"] else []
     for entry in base["published"]:
-        if not Path(entry["directory"]).is_dir() or headers_digest(entry["directory"]) != entry["digest"]:
+        if not Path(entry["directory"]).exists() or headers_digest(entry["directory"]) != entry["digest"]:
             raise UserError(f"{run}: stands on the weights in {entry['directory']}, which are gone or have changed since; put them back")
         if wanted := tuple(part for part in entry["parts"] if part in parts):
-            sources.append(HuggingFaceSource(Path(entry["directory"]), config, wanted))
+            sources.append(OPENERS[format_of(entry["directory"])](Path(entry["directory"]), config, wanted))
     return sources
+
+
+def verify_base(run: Path) -> int:
+    """Reads every byte of the published weights that a run stands on and compares their hashes -> how many sources were compared."""
+    entries = read_base(run)["published"]
+    for entry in entries:
+        if full_digest(entry["directory"]) != entry["sha256"]:
+            raise UserError(f"{run}: stands on the weights in {entry['directory']}, whose bytes are no longer those that it was trained on; put them back")
+    return len(entries)
+
+
+# ---- any -----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS) -> list:
+    """Sources for a path that `field` of the config names."""
+    path, kind = Path(path), format_of(path, field)
+    if kind == "orbax":
+        return open_run(path, config, parts)
+    found = OPENERS[kind](path, config, parts)
+    if not found.shapes:
+        raise UserError(f"{field}: {path} holds no weights of {' or '.join(parts)}; found {some(sorted(found.names)) or 'none'}")
+    return [found]
 
 
 def load_base(run: Path, targets: dict[str, jax.ShapeDtypeStruct], config: NevaConfig) -> dict[str, jax.Array]:
@@ -111,12 +125,17 @@ def load_base(run: Path, targets: dict[str, jax.ShapeDtypeStruct], config: NevaC
     return arrays
 
 
+def origins(paths, sources: list) -> dict[str, object]:
+    """{path: the first source that has it}, of those that some source has."""
+    found = {path: next((s for s in sources if path in s.shapes), None) for path in paths}
+    return {path: source for path, source in found.items() if source is not None}
+
+
 def load_weights(targets: dict[str, jax.ShapeDtypeStruct], sources: list) -> tuple[dict[str, jax.Array], dict[str, object]]:
     """Every target that some source has, from the first that has it -> arrays, and {path: its source}."""
-    found = {path: next((s for s in sources if path in s.shapes), None) for path in targets}
-    origin = {path: source for path, source in found.items() if source is not None}
+    origin = origins(targets, sources)
     arrays: dict[str, jax.Array] = {}
-    for source in sources:
-        mine = {path: targets[path] for path, s in origin.items() if s is source}
-        arrays |= source.load(mine) if mine else {}
+    for one in sources:
+        mine = {path: targets[path] for path, s in origin.items() if s is one}
+        arrays |= one.load(mine) if mine else {}
     return arrays, origin

@@ -15,9 +15,10 @@ from helpers import golden, neva_config
 from safetensors.numpy import load_file, save_file
 
 from neva_jax.convert import hf
+from neva_jax.convert.source import huggingface
 from neva_jax.convert.weights import BLOCK, SAMPLES, headers_digest
 from neva_jax.errors import UserError
-from neva_jax.hub import HuggingFaceSource, load_weights, open_weights
+from neva_jax.hub import load_weights, open_weights
 from neva_jax.models.multimodal import neva
 from neva_jax.transforms.select import describe
 
@@ -58,7 +59,7 @@ def equal(arrays, reference, prefix):
 @pytest.fixture(scope="module")
 def reference(llava):
     directory, config, wanted = llava
-    arrays, origin = load_weights(wanted, [HuggingFaceSource(directory, config)])
+    arrays, origin = load_weights(wanted, [huggingface(directory, config)])
     assert set(arrays) == set(origin) == set(wanted)
     tensors = load_file(directory / "model.safetensors")
     np.testing.assert_array_equal(arrays["llm/lm_head/kernel"], tensors["language_model.lm_head.weight"].T)
@@ -115,7 +116,7 @@ def test_the_first_source_that_has_a_path_counts(llava, reference, tmp_path):
     part_of(directory, tmp_path, ("multi_modal_projector.", "language_model."))
     shifted = {name: array + 1 for name, array in load_file(tmp_path / "model.safetensors").items()}
     save_file(shifted, tmp_path / "model.safetensors")
-    first, second = HuggingFaceSource(tmp_path, config, ("projector",)), HuggingFaceSource(directory, config)
+    first, second = huggingface(tmp_path, config, ("projector",)), huggingface(directory, config)
     arrays, origin = load_weights(wanted, [first, second])
     assert set(arrays) == set(wanted)
     for path in wanted:
@@ -126,7 +127,7 @@ def test_the_first_source_that_has_a_path_counts(llava, reference, tmp_path):
 
 def test_what_no_source_has_is_left_out(llava):
     directory, config, wanted = llava
-    arrays, origin = load_weights(wanted | {"lora/a": wanted["llm/norm/scale"]}, [HuggingFaceSource(directory, config)])
+    arrays, origin = load_weights(wanted | {"lora/a": wanted["llm/norm/scale"]}, [huggingface(directory, config)])
     assert "lora/a" not in arrays and "lora/a" not in origin and set(arrays) == set(wanted)
 
 
@@ -134,7 +135,7 @@ def test_bf16_files_and_the_dtype_asked_for(llava, reference, tmp_path):
     directory, config, wanted = llava
     shutil.copy(directory / "config.json", tmp_path)
     save_file({name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(directory / "model.safetensors").items()}, tmp_path / "model.safetensors")
-    source = HuggingFaceSource(tmp_path, config)
+    source = huggingface(tmp_path, config)
     for dtype in (jnp.float32, jnp.bfloat16):
         arrays = source.load(targets(config, dtype))
         for path, array in arrays.items():
@@ -147,7 +148,7 @@ def test_weights_arrive_sharded(llava, reference):
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     path = "llm/layers/mlp/up_proj/kernel"
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "x"))
-    array = HuggingFaceSource(directory, config).load({path: jax.ShapeDtypeStruct(wanted[path].shape, jnp.float32, sharding=sharding)})[path]
+    array = huggingface(directory, config).load({path: jax.ShapeDtypeStruct(wanted[path].shape, jnp.float32, sharding=sharding)})[path]
     assert array.sharding == sharding and array.addressable_shards[1].data.shape == (2, 32, 32)
     np.testing.assert_array_equal(array, reference[path])
 
@@ -157,15 +158,15 @@ def test_weights_that_nobody_knows_are_not_dropped_in_silence(llava, tmp_path, n
     directory, config, wanted = llava
     part_of(directory, tmp_path, "", extra={name: np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=rf"1 are not part of such a model \(({hf.canonical(name)})\)"):
-        HuggingFaceSource(tmp_path, config).load(wanted)
+        huggingface(tmp_path, config).load(wanted)
 
 
 def test_a_part_that_is_not_wanted_may_be_another_model(llava, reference, tmp_path):
     """A LLaVA-NeXT gives its language model to one who asks for that alone."""
     directory, config, _ = llava
     part_of(directory, tmp_path, ("language_model.", "multi_modal_projector.linear_1"), extra={"image_newline": np.zeros(3, np.float32)})
-    equal(HuggingFaceSource(tmp_path, config, ("llm",)).load(targets(config, prefix="llm/")), reference, "llm/")
-    equal(HuggingFaceSource(tmp_path, config).load(targets(config, prefix="llm/")), reference, "llm/")
+    equal(huggingface(tmp_path, config, ("llm",)).load(targets(config, prefix="llm/")), reference, "llm/")
+    equal(huggingface(tmp_path, config).load(targets(config, prefix="llm/")), reference, "llm/")
 
 
 def test_missing_weights_of_a_part(llava, tmp_path):
@@ -181,16 +182,16 @@ def test_a_tied_model_whose_file_repeats_the_table(llava, reference, tmp_path):
     part_of(directory, tmp_path, "language_model.", config=text)
     config = neva_config(tmp_path)
     assert config.llm.tied
-    arrays = HuggingFaceSource(tmp_path, config).load(targets(config, prefix="llm/"))
+    arrays = huggingface(tmp_path, config).load(targets(config, prefix="llm/"))
     assert "llm/lm_head/kernel" not in arrays
     np.testing.assert_array_equal(arrays["llm/embed_tokens/embedding"], reference["llm/embed_tokens/embedding"])
 
 
 def test_what_is_no_model_directory(llava, tmp_path):
     _, config, _ = llava
-    with pytest.raises(UserError, match=r"^my.field: no directory .*nowhere; expected .* \(nothing is downloaded\)"):
+    with pytest.raises(UserError, match=r"^my.field: there is no .*nowhere; expected a local path \(nothing is downloaded\)"):
         open_weights(tmp_path / "nowhere", config, "my.field")
-    with pytest.raises(UserError, match="^my.field: .* is neither a run .* nor a Hugging Face model directory"):
+    with pytest.raises(UserError, match="^my.field: .* is none of these: a run .*; a Hugging Face model directory"):
         open_weights(tmp_path, config, "my.field")
 
 

@@ -54,17 +54,10 @@ def cached_processor(config: ConfigDict, directory: str):
     return PixelCache(processor, directory, int(gib * 2**30)) if gib else processor
 
 
-def build_examples(config: ConfigDict, tokenizer, neva_config: NevaConfig, data_path) -> Examples:
+def build_encoder(config: ConfigDict, tokenizer, neva_config: NevaConfig):
+    """What turns a record into a stream of ids, in the mode that model.data.compat asks for."""
     d = config.model.data
-    paths = (data_path,) if isinstance(data_path, str) else tuple(data_path or ())
-    if not paths or not all(paths):
-        raise UserError("model.data.data_path is not set; give a .json or .jsonl file of LLaVA records")
-    vocab = neva_config.llm.vocab_size
-    if tokenizer.vocab_size > vocab:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model {vocab} (model.override_vocab_size); unset it or raise it")
-    if neva_config.media_length > config.model.encoder_seq_length:
-        raise UserError(f"a picture takes {neva_config.media_length} positions and model.encoder_seq_length is {config.model.encoder_seq_length}; raise it")
-    encoder = ENCODERS[d.compat](
+    return ENCODERS[d.compat](
         tokenizer=tokenizer,
         template=d.conv_template,
         media_length=neva_config.media_length,
@@ -76,12 +69,24 @@ def build_examples(config: ConfigDict, tokenizer, neva_config: NevaConfig, data_
         max_media=d.max_media,
         eod_mask_loss=d.eod_mask_loss,
     )
+
+
+def build_examples(config: ConfigDict, tokenizer, neva_config: NevaConfig, data_path) -> Examples:
+    d = config.model.data
+    paths = (data_path,) if isinstance(data_path, str) else tuple(data_path or ())
+    if not paths or not all(paths):
+        raise UserError("model.data.data_path is not set; give a .json or .jsonl file of LLaVA records")
+    vocab = neva_config.llm.vocab_size
+    if tokenizer.vocab_size > vocab:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model {vocab} (model.override_vocab_size); unset it or raise it")
+    if neva_config.media_length > config.model.encoder_seq_length:
+        raise UserError(f"a picture takes {neva_config.media_length} positions and model.encoder_seq_length is {config.model.encoder_seq_length}; raise it")
     sources = tuple(Records(path, d.cache_dir) for path in paths)
     return Examples(
         sources=sources,
         media=open_media(d.image_folder) if d.image_folder else None,
         image_processor=cached_processor(config, sources[0].cache_dir),
-        encoder=encoder,
+        encoder=build_encoder(config, tokenizer, neva_config),
         on_bad_image=d.on_bad_image,
     )
 

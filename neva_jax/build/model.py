@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 from pathlib import Path
@@ -13,17 +12,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from neva_jax.build.architecture import fields_of
 from neva_jax.build.weights import weight_paths
-from neva_jax.convert import hf
+from neva_jax.config import leaves
+from neva_jax.convert.hf import TOWERS
 from neva_jax.data.image import ImageProcessor
 from neva_jax.errors import UserError
-from neva_jax.fields import VISION
-from neva_jax.hub import is_run
+from neva_jax.fields import LLM_SHAPE, VISION, paths
+from neva_jax.hub import run_of
 from neva_jax.layers.attention import make_attend
 from neva_jax.layers.rope import Rope
 from neva_jax.models.clip import ClipVisionConfig
 from neva_jax.models.llama import LlamaConfig
 from neva_jax.models.multimodal import NevaConfig, neva
+from neva_jax.models.siglip import SiglipVisionConfig
 from neva_jax.parallel.layer_runner import make_runner
 from neva_jax.parallel.sharding import weight_sharding
 from neva_jax.training.flops import row_flops
@@ -31,7 +33,8 @@ from neva_jax.transforms.select import Row, Weight, describe, flatten, trainable
 
 log = logging.getLogger(__name__)
 
-UNDOCUMENTED = ("num_layers", "num_attention_heads", "ffn_hidden_size", "layernorm_epsilon", "hidden_act")  # of the tower: NeMo reads them from the weights
+# Of the tower, what a model_config.yaml does not say: read from the weights.
+UNDOCUMENTED = ("model_type", "num_layers", "num_attention_heads", "ffn_hidden_size", "layernorm_epsilon", "hidden_act")
 
 COMPUTE = {"32": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
 
@@ -60,73 +63,81 @@ def neva_config(config: ConfigDict, vocab_size: int) -> NevaConfig:
             f"model.tensor_model_parallel_size {m.tensor_model_parallel_size} does not divide the padded vocabulary {llm.padded_vocab_size}; "
             "make model.make_vocab_size_divisible_by a multiple of it"
         )
-    projector = m.mm_cfg.mm_mlp_adapter_type
-    result = NevaConfig(llm, _vision_config(config, compute), projector)
-    _compare_llm(config, result)
-    return result
+    _compare_llm(config)
+    return NevaConfig(llm, _vision_config(config, compute), m.mm_cfg.mm_mlp_adapter_type)
 
 
 def _vision_config(config: ConfigDict, compute: str) -> ClipVisionConfig:
     """The tower. What NeMo documents (sizes) must agree with its weights; what it does not (depth, heads, ...) is read from them."""
     v = config.model.mm_cfg.vision_encoder
     if v.crop_size[0] != v.crop_size[1]:
-        raise UserError(f"model.mm_cfg.vision_encoder.crop_size {tuple(v.crop_size)}: CLIP's tower takes square pictures")
+        raise UserError(f"{VISION}.crop_size {tuple(v.crop_size)}: towers take square pictures")
     fields = {
         "hidden_size": v.hidden_size, "ffn_hidden_size": v.ffn_hidden_size, "num_layers": v.num_layers, "num_attention_heads": v.num_attention_heads,
         "image_size": v.crop_size[0], "patch_size": v.patch_dim, "hidden_act": v.hidden_act, "layernorm_epsilon": v.layernorm_epsilon,
     }  # fmt: skip
-    for _, directory, parts in weight_paths(config):
-        theirs = _tower_of(Path(directory)) if "vision_encoder" in parts else None
-        if theirs:
-            names = {"hidden_size": "hidden_size", "image_size": "crop_size", "patch_size": "patch_dim"}
-            different = [f"{VISION}.{ours} is {fields[name]}, the tower has {theirs[name]}" for name, ours in names.items() if fields[name] != theirs[name]]
-            if different:
-                raise UserError(f"{directory}: {'; '.join(different)}; set the fields to what the tower has")
-            fields = theirs
-            v.update({name: fields[name] for name in UNDOCUMENTED})  # so that config.json says what this run's tower is
-            break
-    processor = image_processor(config)
-    return ClipVisionConfig(
-        **fields, select_layer=v.vision_select_layer, keep_class_token=v.vision_select_feature == "cls_patch", image_mean=processor.mean,
-        image_std=processor.std, dtype=compute,
-    )  # fmt: skip
+    theirs = _theirs(config, "vision_encoder")
+    names = {"hidden_size": "hidden_size", "image_size": "crop_size", "patch_size": "patch_dim"}
+    wrong = {ours: theirs[f"{VISION}.{ours}"] for name, ours in names.items() if theirs.get(f"{VISION}.{ours}", (v[ours],))[0] != v[ours]}
+    if wrong:
+        different = [f"{VISION}.{ours} is {_one(v[ours])}, the tower has {_one(value)}" for ours, (value, _) in wrong.items()]
+        raise UserError(f"{next(iter(wrong.values()))[1]}: {'; '.join(different)}; set the fields to what the tower has")
+    for name in UNDOCUMENTED:
+        if f"{VISION}.{name}" in theirs:  # so that config.json says what this run's tower is
+            fields[name] = v[name] = theirs[f"{VISION}.{name}"][0]
+    fields.pop("model_type", None)
+    tower, processor = tower_of(config), image_processor(config)
+    if v.class_token_length != (tower is ClipVisionConfig):
+        raise UserError(
+            f"{VISION}.class_token_length is {v.class_token_length}, and a tower of type {v.model_type or 'clip_vision_model'} has "
+            f"{int(tower is ClipVisionConfig)}; set it to that"
+        )
+    if tower is ClipVisionConfig:
+        fields["keep_class_token"] = v.vision_select_feature == "cls_patch"
+    return tower(**fields, select_layer=v.vision_select_layer, image_mean=processor.mean, image_std=processor.std, dtype=compute)
 
 
-def _tower_of(directory: Path) -> dict | None:
-    """ClipVisionConfig's fields of the tower in a directory of weights; None if there is none."""
-    if is_run(directory):
-        saved = json.loads((directory / "config.json").read_text())["model"]["mm_cfg"]["vision_encoder"]
-        sizes = {"hidden_size": saved["hidden_size"], "image_size": saved["crop_size"][0], "patch_size": saved["patch_dim"]}
-        return sizes | {name: saved[name] for name in UNDOCUMENTED}
-    vision = hf.read_config(directory)["vision"]
-    return hf.vision_fields(vision) if vision else None
+def tower_of(config: ConfigDict) -> type[ClipVisionConfig]:
+    return TOWERS[config.model.mm_cfg.vision_encoder.model_type or "clip_vision_model"]
 
 
-def _compare_llm(config: ConfigDict, ours: NevaConfig) -> None:
-    names = {
-        "num_layers": "num_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "ffn_hidden_size", "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_query_groups", "head_dim": "kv_channels", "layernorm_epsilon": "layernorm_epsilon",
-        "tied": "share_embeddings_and_output_weights",
-        "bias": "bias",
-    }  # fmt: skip
-    for field, directory, parts in weight_paths(config):
-        if "llm" not in parts or is_run(Path(directory)) or not hf.read_config(directory)["text"]:
-            continue
-        theirs = hf.text_fields(hf.read_config(directory)["text"])
-        pairs = {f"model.{ours_name}": (getattr(ours.llm, name), theirs[name]) for name, ours_name in names.items()}
-        different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        if ours.llm.activation.removeprefix("fast-") != theirs["activation"].removeprefix("fast-"):
-            different["model.activation"] = (ours.llm.activation, theirs["activation"])
-        rope = {"rotary_base": "base", "rotary_percentage": "percentage", "seq_len_interpolation_factor": "interpolation"}
-        for ours_name, name in rope.items():
-            if getattr(ours.llm.rope, name) != getattr(theirs["rope"], name):
-                different[f"model.{ours_name}"] = (getattr(ours.llm.rope, name), getattr(theirs["rope"], name))
-        if ours.llm.rope.llama3 != theirs["rope"].llama3:
-            different["model.scale_positional_embedding"] = (ours.llm.rope.llama3 is not None, theirs["rope"].llama3 is not None)
-        if different:
-            listed = "; ".join(f"{name} is {ours}, the weights have {theirs}" for name, (ours, theirs) in different.items())
-            flags = " ".join(f"--config.{name}={theirs}" for name, (_, theirs) in different.items())
-            raise UserError(f"{field}: {directory} is another model: {listed}; add {flags}")
+def _one(size):
+    """A square's side."""
+    return size[0] if isinstance(size, tuple) else size
+
+
+def _theirs(config: ConfigDict, part: str) -> dict[str, tuple]:
+    """{config field: (value, path)} of what the weights of a part say of themselves; the path that counts most first."""
+    found = {}
+    for field, path, parts in weight_paths(config):
+        if part in parts:
+            found = {name: (value, path) for name, value in fields_of(path, field).items()} | found
+    return found
+
+
+LLM_COMPARED = LLM_SHAPE - paths("model", "make_vocab_size_divisible_by override_vocab_size mm_cfg.mm_mlp_adapter_type mm_cfg.use_im_start_end")
+RESOLVED = {  # what null and NeMo's prefix mean: field -> (value, the others by name) -> value
+    "model.num_query_groups": lambda value, get: value or get("model.num_attention_heads"),
+    "model.kv_channels": lambda value, get: value or get("model.hidden_size") // get("model.num_attention_heads"),
+    "model.seq_len_interpolation_factor": lambda value, get: value or 1.0,
+    "model.activation": lambda value, get: value.removeprefix("fast-"),
+}
+
+
+def _compare_llm(config: ConfigDict) -> None:
+    """What the weights say of their language model must be what the config says."""
+    theirs, ours, different = _theirs(config, "llm"), leaves(config), {}
+    for name in sorted(LLM_COMPARED & theirs.keys()):
+        resolve = RESOLVED.get(name, lambda value, get: value)
+        mine, value = resolve(ours[name], ours.get), resolve(theirs[name][0], lambda other: theirs[other][0])
+        if mine != value:
+            different[name] = mine, value, theirs[name][1]
+    if different:
+        listed = "; ".join(f"{name} is {ours}, the weights have {theirs}" for name, (ours, theirs, _) in different.items())
+        flags = " ".join(f"--config.{name}={theirs}" for name, (_, theirs, _) in different.items())
+        path = next(iter(different.values()))[2]
+        field = next(field for field, place, _ in weight_paths(config) if place == path)
+        raise UserError(f"{field}: {path} is another model: {listed}; add {flags}")
 
 
 @dataclasses.dataclass
@@ -190,16 +201,18 @@ def trainable_rows(config: ConfigDict) -> list[Row]:
 
 
 def image_processor(config: ConfigDict) -> ImageProcessor:
-    """The tower's own preprocessor where its directory has one, else CLIP's at crop_size; the aspect is the config's, and so is turning by EXIF."""
+    """The tower's own preprocessor where its directory has one, else its kind's at crop_size; the aspect is the config's, and so is turning by EXIF."""
     v = config.model.mm_cfg.vision_encoder
     crop = tuple(v.crop_size)
     how = {"aspect": config.model.data.image_aspect_ratio or "square", "exif": config.model.data.apply_exif_rotation}
     for field, directory, parts in weight_paths(config):
-        processor = ImageProcessor.from_pretrained(directory) if "vision_encoder" in parts else None
+        processor = ImageProcessor.from_pretrained(run_of(Path(directory))) if "vision_encoder" in parts else None
         if processor is not None:
             if tuple(processor.crop_size) != crop:
                 raise UserError(f"{VISION}.crop_size is {crop}, the preprocessor of {field} {directory} crops to {tuple(processor.crop_size)}; set it to that")
             return dataclasses.replace(processor, **how)
+    if tower_of(config) is SiglipVisionConfig:
+        return ImageProcessor(crop_size=crop, shortest_edge=None, mean=(0.5,) * 3, std=(0.5,) * 3, **how)
     return ImageProcessor(crop_size=crop, shortest_edge=min(crop), **how)
 
 

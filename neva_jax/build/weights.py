@@ -23,8 +23,8 @@ def weight_paths(config: ConfigDict) -> list[tuple[str, str, tuple[str, ...]]]:
     ]
     given = [(field, path, parts) for field, path, parts in fields if path]
     for field, path, _ in given:
-        if not Path(path).is_dir():
-            raise UserError(f"{field}: no directory {path}; expected a Hugging Face model directory or a run of this program (nothing is downloaded)")
+        if not Path(path).exists():
+            raise UserError(f"{field}: there is no {path}; expected a local path (nothing is downloaded)")
     return given
 
 

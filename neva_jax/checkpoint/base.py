@@ -1,9 +1,10 @@
 """The frozen weights a run stands on. A run never needs a file of another run: what it takes frozen from one, or from a random start, it copies into its
-own `base/`; weights in a published format (Hugging Face) stay where they are and are recorded by path, size and hash of headers.
+own `base/`; weights in a published format (Hugging Face, .nemo) stay where they are and are recorded by path and hashes: a quick one, and one of every byte.
 
-`base.json`: {"copied": [paths], "published": [{"directory", "digest", "paths"}]}.
+`base.json`: {"copied": [paths], "published": [{"directory", "digest", "sha256", "parts", "paths"}], "whole": True where base/ is a model by itself}.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 
 from neva_jax.checkpoint.manager import load_tree, save_tree, saved_paths
+from neva_jax.checkpoint.stream import open_lazily
 from neva_jax.errors import UserError
 
 
@@ -24,10 +26,20 @@ class SavedTree:
         self.directory = Path(directory)
         self.shapes = {path: shape for path, shape in saved_paths(self.directory).items() if path.split("/")[0] in parts}
 
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        for path, shape in shapes.items():
+            if self.shapes[path] != shape:
+                raise UserError(f"{self.directory}: {path} has the shape {list(self.shapes[path])}, the config says {list(shape)}")
+
+    def lazy(self, path: str, shape: tuple[int, ...]):
+        """An array that is read when it is asked for."""
+        return self._lazy[path]
+
+    @functools.cached_property
+    def _lazy(self) -> dict:
+        return open_lazily(self.directory)
+
     def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        for path, target in targets.items():
-            if self.shapes[path] != target.shape:
-                raise UserError(f"{self.directory}: {path} has the shape {list(self.shapes[path])}, the config says {list(target.shape)}")
         return load_tree(self.directory, targets)
 
 
@@ -37,7 +49,9 @@ def record_base(run: Path, frozen: dict[str, jax.Array], sources: dict[str, obje
     published: dict[int, dict] = {}
     for path, source in sources.items():
         if path in frozen and path not in copied:
-            published.setdefault(id(source), {**source.published, "paths": []})["paths"].append(path)
+            if id(source) not in published:
+                published[id(source)] = {**source.published, "sha256": source.full_digest(), "paths": []}
+            published[id(source)]["paths"].append(path)
     if copied:
         save_tree(run / "base", copied)
     if jax.process_index() == 0:

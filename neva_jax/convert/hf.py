@@ -1,36 +1,42 @@
-"""Hugging Face: the tables of Llama, CLIP vision and the LLaVA projector, and what their config.json says in our words.
+"""Hugging Face: the tables of Llama, the CLIP and SigLIP towers and the LLaVA projector, and what their config.json says in our words.
 
-The same tensors go by many prefixes (llava-hf classic, transformers 4.52+, 5.x, original LLaVA, a tower alone, inside a full CLIP): `canonical` strips them
-all to `llm.`, `vision_encoder.`, `projector.`, which is what the tables speak of.
+The same tensors go by many prefixes (llava-hf classic, transformers 4.52+, 5.x, original LLaVA, a tower alone, in a full CLIP or SigLIP): `canonical` strips
+them all to `llm.`, `vision_encoder.`, `projector.`, which is what the tables speak of.
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 
+from neva_jax.convert import weights
 from neva_jax.convert.keymap import COPY, TRANSPOSE, KeyMap, Rule, chain, pad_rows, patch_conv
-from neva_jax.convert.weights import Tensor, open_safetensors
 from neva_jax.errors import UserError
 from neva_jax.layers.mlp import ACTIVATIONS
 from neva_jax.layers.rope import Rope
 from neva_jax.models.clip import HIDDEN_ACTS, ClipVisionConfig
 from neva_jax.models.llama import LlamaConfig
 from neva_jax.models.projector import linear_names
+from neva_jax.models.siglip import SiglipVisionConfig
+
+log = logging.getLogger(__name__)
 
 PREFIXES = (  # (pattern, canonical), the first that matches the start of a name counts
     (r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?", "vision_encoder."),
     (r"(?:vision_model\.)?(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision_encoder."),
     (r"(?:model\.)?(?:multi_modal_projector|mm_projector)\.", "projector."),
     (r"(?:model\.)?(?=image_newline$)", "projector."),
+    (r"layers\.(?=\d+\.(?:weight|bias)$)", "projector."),  # VILA's projector alone
     (r"(?:language_model\.)?(?=lm_head\.)", "llm."),
     (r"(?:model\.)?(?:language_model\.)?(?:model\.)?(?=embed_tokens\.|layers\.|norm\.)", "llm."),
 )
-IGNORED = re.compile(r"(position_ids|rotary_emb\.inv_freq|^logit_scale|^text_model\..*|^(text|visual)_projection\.weight)$")
+IGNORED = re.compile(r"(position_ids|rotary_emb\.inv_freq|^logit_(scale|bias)|^text_model\..*|^(text|visual)_projection\.weight)$")
+POOLING = re.compile(r"(^|\.)head\.(probe|attention\.in_proj_(weight|bias)|(attention\.out_proj|layernorm|mlp\.fc[12])\.(weight|bias))$")  # SigLIP's head
 
 
 def canonical(name: str) -> str | None:
     """A tensor's name without the prefixes of its layout; None for what carries no weight of ours; unknown names stay as they are."""
-    if IGNORED.search(name):
+    if IGNORED.search(name) or POOLING.search(name):
         return None
     for pattern, prefix in PREFIXES:
         if match := re.match(pattern, name):
@@ -38,13 +44,15 @@ def canonical(name: str) -> str | None:
     return name
 
 
-def open_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """{canonical name: Tensor} of a Hugging Face directory."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in open_safetensors(directory).items():
+def open_tensors(path: str | Path) -> dict:
+    """{canonical name: tensor} of a Hugging Face directory, or of one file, such as LLaVA's mm_projector.bin."""
+    tensors, found = {}, weights.open_tensors(path)
+    if pooling := sum(POOLING.search(name) is not None for name in found):
+        log.info(f"{path}: the {pooling} tensors of the tower's pooling head are left out; a LLaVA does not read them")
+    for name, tensor in found.items():
         if known := canonical(name):
             if known in tensors:
-                raise UserError(f"{directory}: {tensors[known].name} and {name} are two spellings of one weight; remove the stale one")
+                raise UserError(f"{path}: {tensors[known].name} and {name} are two spellings of one weight; remove the stale one")
             tensors[known] = tensor
     return tensors
 
@@ -77,12 +85,24 @@ def llama_rules(config: LlamaConfig) -> list[Rule]:
 
 
 def clip_rules(config: ClipVisionConfig) -> list[Rule]:
+    class_token = Rule("vision_encoder.embeddings.class_embedding", "vision_encoder/class_embedding")
+    return [class_token, *_norm("vision_encoder.pre_layrnorm", "vision_encoder/pre_layrnorm", True), *_tower_rules(config)]
+
+
+def siglip_rules(config: SiglipVisionConfig) -> list[Rule]:
+    return [Rule("vision_encoder.embeddings.patch_embedding.bias", "vision_encoder/patch_embedding/bias"), *_tower_rules(config)]
+
+
+def vision_rules(config: ClipVisionConfig | SiglipVisionConfig) -> list[Rule]:
+    return siglip_rules(config) if isinstance(config, SiglipVisionConfig) else clip_rules(config)
+
+
+def _tower_rules(config: ClipVisionConfig | SiglipVisionConfig) -> list[Rule]:
+    """What CLIP and SigLIP share."""
     embed, layer, ours = "vision_encoder.embeddings", "vision_encoder.encoder.layers.{i}", "vision_encoder"
     rules = [
-        Rule(f"{embed}.class_embedding", f"{ours}/class_embedding"),
         Rule(f"{embed}.patch_embedding.weight", f"{ours}/patch_embedding/kernel", patch_conv(config.patch_size)),
         Rule(f"{embed}.position_embedding.weight", f"{ours}/position_embedding/embedding", COPY),
-        *_norm("vision_encoder.pre_layrnorm", f"{ours}/pre_layrnorm", True),
         *_norm("vision_encoder.post_layernorm", f"{ours}/post_layernorm", True),
     ]
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -108,7 +128,7 @@ def key_map(model_config, names=()) -> KeyMap:
     """model_config: NevaConfig; a part that is None has no rules, and a projector needs both others. names: their canonical names, which decide between
     spellings."""
     llm, vision = model_config.llm, model_config.vision
-    rules = (llama_rules(llm) if llm else []) + (clip_rules(vision) if vision else [])
+    rules = (llama_rules(llm) if llm else []) + (vision_rules(vision) if vision else [])
     rules += projector_rules(model_config.projector, names) if llm and vision else []
     return KeyMap(rules, {part: config.num_layers for part, config in (("llm", llm), ("vision_encoder", vision)) if config})
 
@@ -116,6 +136,7 @@ def key_map(model_config, names=()) -> KeyMap:
 # ---- config.json -----------------------------------------------------------------------------------------------------------------------------------
 
 MISTRAL_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8}  # where transformers' differ from Llama's
+TOWERS = {"clip": ClipVisionConfig, "clip_vision_model": ClipVisionConfig, "siglip": SiglipVisionConfig, "siglip_vision_model": SiglipVisionConfig}
 LLM_ACTS = {"silu": "fast-swiglu", "swish": "fast-swiglu", "gelu": "fast-geglu", "relu": "fast-reglu"}  # hidden_act, gated -> NeMo's name
 ROPE_FIELDS = {
     "default": (),
@@ -142,23 +163,44 @@ def read_config(directory: str | Path) -> dict:
     if not isinstance(top, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(top).__name__}")
     text, vision = top.get("text_config"), top.get("vision_config")
-    if top.get("model_type") in ("clip_vision_model", "clip"):
-        return {"top": top, "text": None, "vision": vision or top}
+    if (kind := top.get("model_type")) in TOWERS:  # a tower alone, or the vision half of a whole CLIP or SigLIP, which may leave its type out
+        return {"top": top, "text": None, "vision": top if kind.endswith("_vision_model") else {"model_type": f"{kind}_vision_model"} | (vision or {})}
     return {"top": top, "text": text or top, "vision": vision or (LLAVA_VISION if text else None)}
 
 
+def vision_type(vision: dict) -> type[ClipVisionConfig] | type[SiglipVisionConfig]:
+    """The class whose words `vision_fields` speaks."""
+    kind = vision.get("model_type", "clip_vision_model")
+    if kind not in TOWERS:
+        raise UserError(f"vision tower of type {kind!r}; this version reads {' and '.join(name for name in TOWERS if name.endswith('_vision_model'))}")
+    return TOWERS[kind]
+
+
+def vision_of(vision: dict, **extra) -> ClipVisionConfig | SiglipVisionConfig:
+    """The tower of a vision config. extra: what such a file does not speak of, as select_layer, or what replaces it."""
+    return vision_type(vision)(**vision_fields(vision) | extra)
+
+
 def vision_fields(vision: dict) -> dict:
-    """A CLIP vision config in ClipVisionConfig's words; keys that an abbreviated file leaves out get transformers' defaults."""
-    if vision.get("model_type", "clip_vision_model") not in ("clip_vision_model", "clip"):
-        raise UserError(f"vision tower of type {vision['model_type']!r}; this version reads clip_vision_model")
-    get = vision.get
-    if get("hidden_act", "quick_gelu") not in HIDDEN_ACTS:
+    """A CLIP or SigLIP vision config in the words of its `vision_type`; keys that an abbreviated file leaves out get transformers' defaults."""
+    kind, get = vision_type(vision), vision.get
+    if get("hidden_act", kind.hidden_act) not in HIDDEN_ACTS:
         raise UserError(f"vision tower with hidden_act {vision['hidden_act']!r}; this version computes {', '.join(HIDDEN_ACTS)}")
+    if get("num_channels", 3) != 3:
+        raise UserError(f"vision tower with num_channels {vision['num_channels']}; this version reads pictures of 3 channels")
     return {
         "hidden_size": get("hidden_size", 768), "ffn_hidden_size": get("intermediate_size", 3072), "num_layers": get("num_hidden_layers", 12),
-        "num_attention_heads": get("num_attention_heads", 12), "image_size": get("image_size", 224), "patch_size": get("patch_size", 32),
-        "hidden_act": get("hidden_act", "quick_gelu"), "layernorm_epsilon": get("layer_norm_eps", 1e-5),
+        "num_attention_heads": get("num_attention_heads", 12), "image_size": _side(vision, "image_size", 224),
+        "patch_size": _side(vision, "patch_size", 16 if kind is SiglipVisionConfig else 32), "hidden_act": get("hidden_act", kind.hidden_act),
+        "layernorm_epsilon": get("layer_norm_eps", kind.layernorm_epsilon),
     }  # fmt: skip
+
+
+def _side(vision: dict, name: str, default: int) -> int:
+    value = vision.get(name, default)
+    if isinstance(value, list) and (len(value) != 2 or value[0] != value[1]):
+        raise UserError(f"vision tower with {name} {value}; this version computes squares")
+    return value[0] if isinstance(value, list) else value
 
 
 def text_fields(text: dict) -> dict:
@@ -242,10 +284,12 @@ def rope_config(rope: Rope) -> dict:
     return {"rope_theta": rope.base, "rope_scaling": older, "rope_parameters": scaling | {"rope_theta": rope.base}}
 
 
-def vision_config(vision: ClipVisionConfig) -> dict:
-    """config.json of a CLIP tower."""
-    return {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size, "num_hidden_layers": vision.num_layers, "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size, "patch_size": vision.patch_size, "hidden_act": vision.hidden_act, "layer_norm_eps": vision.layernorm_epsilon,
+def vision_config(vision: ClipVisionConfig | SiglipVisionConfig) -> dict:
+    """config.json of a tower."""
+    siglip = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "vision_use_head": False}
+    kind = siglip if isinstance(vision, SiglipVisionConfig) else {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    return kind | {
+        "hidden_size": vision.hidden_size, "intermediate_size": vision.ffn_hidden_size, "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads, "image_size": vision.image_size, "patch_size": vision.patch_size, "hidden_act": vision.hidden_act,
+        "layer_norm_eps": vision.layernorm_epsilon,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from neva_jax.convert.hf_chat import GAP, Style, chat_template
-from neva_jax.convert.hf_write import TokenIds
+from neva_jax.convert.hf_write import TokenIds, image_tokens
 from neva_jax.data.conversation import BOS, EOS, PLACEHOLDER, TEMPLATES, render
 from neva_jax.data.encoder import Encoder
 from neva_jax.data.image import ImageProcessor
@@ -44,12 +44,13 @@ def processor_files(encoder: Encoder, config: NevaConfig, images: ImageProcessor
     chat = chat_template(encoder.template, style)
     notes += _notes(encoder, images, chat)
     config_files = {"tokenizer_config.json": _tokenizer_config(backend, ids, encoder.max_length, images is not None)}
+    if isinstance(tokenizer, SentencePieceTokenizer):  # for who opens tokenizer.model instead
+        config_files["tokenizer_config.json"] |= {"legacy": tokenizer.legacy, "additional_special_tokens": list(tokenizer.behind)}
     config_files["special_tokens_map.json"] = {role: backend.id_to_token(i) for role, i in _roles(ids).items()}
     if images is not None:
         config_files["preprocessor_config.json"] = image_config(images)
         config_files["processor_config.json"] = {
-            "processor_class": "LlavaProcessor", "patch_size": config.vision.patch_size, "num_additional_image_tokens": 1, "image_token": PLACEHOLDER,
-            "vision_feature_select_strategy": "full" if config.vision.keep_class_token else "default",
+            "processor_class": "LlavaProcessor", "patch_size": config.vision.patch_size, "image_token": PLACEHOLDER, **image_tokens(config.vision),
         }  # fmt: skip
     if chat is not None:  # where transformers before chat_template.jinja looks for it: a processor here, a tokenizer there
         config_files.setdefault("chat_template.json" if images is not None else "tokenizer_config.json", {})["chat_template"] = chat
@@ -210,15 +211,18 @@ def image_config(images: ImageProcessor) -> dict:
     """preprocessor_config.json: CLIP's processor, LLaVA's where pictures are padded to squares, SigLIP's where they are stretched."""
     if images.aspect not in ("square", "pad"):
         raise UserError(f"model.data.image_aspect_ratio {images.aspect!r} cannot be exported: transformers' LLaVA knows square and pad")
-    if images.aspect == "pad" and images.shortest_edge is None:
-        raise UserError("a processor that stretches pictures cannot be exported with model.data.image_aspect_ratio pad")
     height, width = images.crop_size
+    edge = images.shortest_edge
+    if images.aspect == "pad" and edge is None:  # what is padded is square, and stretching a square to a square is resizing its shorter side
+        if height != width:
+            raise UserError(f"a processor that stretches pictures to {width} x {height} cannot be exported with model.data.image_aspect_ratio pad")
+        edge = height
     crop = {"height": height, "width": width}
     common = {
         "processor_class": "LlavaProcessor", "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": list(images.mean), "image_std": list(images.std), "do_convert_rgb": True,
     }  # fmt: skip
-    if images.shortest_edge is None:
+    if edge is None:
         return common | {"image_processor_type": "SiglipImageProcessor", "size": crop}
     kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True} if images.aspect == "pad" else {"image_processor_type": "CLIPImageProcessor"}
-    return common | kind | {"size": {"shortest_edge": images.shortest_edge}, "do_center_crop": True, "crop_size": crop}
+    return common | kind | {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": crop}

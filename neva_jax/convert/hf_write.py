@@ -18,11 +18,14 @@ import numpy as np
 from neva_jax.convert import hf
 from neva_jax.convert.keymap import KeyMap, some
 from neva_jax.errors import UserError
+from neva_jax.models.clip import ClipVisionConfig
 from neva_jax.models.multimodal import NevaConfig
+from neva_jax.models.siglip import SiglipVisionConfig
 
 DTYPES = {"float32": (np.float32, "F32"), "float16": (np.float16, "F16"), "bfloat16": (ml_dtypes.bfloat16, "BF16")}
 CODES = {np.dtype(dtype): (name, code) for name, (dtype, code) in DTYPES.items()}
 TABLES = ("llm.embed_tokens.weight", "llm.lm_head.weight")
+OURS = "neva_jax"  # a section of config.json: how many rows of the vocabulary are not new
 MULTIPLE = 64  # of the rows, as llava-hf's, where there are new ones
 MARGIN = 2**20  # bytes of disk for headers and indices
 
@@ -54,7 +57,7 @@ def write_huggingface(
     output: str | Path, config: NevaConfig, arrays: dict, ids: TokenIds, *, files: dict[str, bytes] | None = None, notes: tuple[str, ...] = (),
     dtype: str | None = None, kind: str = "llama", max_positions: int = 4096, max_shard_bytes: int = 5 * 10**9,
 ) -> Report:  # fmt: skip
-    """output: a directory that does not exist. config: with vision None a language model alone is written, with llm None a CLIP tower alone.
+    """output: a directory that does not exist. config: with vision None a language model alone is written, with llm None a tower alone.
 
     arrays: {path: array, or what a KeyMap reads lazily}, all of the config's weights and no others. dtype: of all tensors, None keeps each one's own.
     files, notes, ids: of hf_processor.processor_files. kind: "llama" or "mistral". max_positions: max_position_embeddings.
@@ -218,6 +221,8 @@ def _configs(config: NevaConfig, ids: TokenIds, rows: int, kind: str, max_positi
     text = hf.text_config(config.llm, kind, rows, max_positions) | {"torch_dtype": dtype}
     text |= {"bos_token_id": ids.bos, "eos_token_id": ends, "pad_token_id": ids.pad}  # a null is no Llama's default
     whole = text if config.vision is None else _llava_config(config, ids, text, dtype)
+    if rows > config.llm.vocab_size:
+        whole[OURS] = {"vocab_size": config.llm.vocab_size}
     return {"config.json": whole, "generation_config.json": tokens | {"do_sample": False}}
 
 
@@ -228,6 +233,13 @@ def _llava_config(config: NevaConfig, ids: TokenIds, text: dict, dtype: str) -> 
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text, "vision_config": hf.vision_config(vision),
         "image_token_index": ids.image, "image_seq_length": config.media_length, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-        "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": "full" if vision.keep_class_token else "default",
+        "vision_feature_layer": vision.select_layer, "vision_feature_select_strategy": image_tokens(vision)["vision_feature_select_strategy"],
         "pad_token_id": ids.pad, "tie_word_embeddings": config.llm.tied, "torch_dtype": dtype,
     }  # fmt: skip
+
+
+def image_tokens(vision: ClipVisionConfig | SiglipVisionConfig) -> dict:
+    """What transformers' LLaVA drops of a tower's vectors, and how its processor counts them; "default" drops the first, whatever it is."""
+    if isinstance(vision, SiglipVisionConfig):
+        return {"num_additional_image_tokens": 0, "vision_feature_select_strategy": "full"}
+    return {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "full" if vision.keep_class_token else "default"}

@@ -160,7 +160,8 @@ class KeyMap:
 
 
 class LazyArray:
-    """One path of ours as tensors of theirs that are not read yet. `[layer]` reads one layer of a stack, `np.asarray` all."""
+    """One path of ours as tensors of theirs that are not read yet. `[layer]` reads one layer of a stack, `[slices]` a block, `np.asarray` all; of a mapped
+    file only what is asked for is read."""
 
     def __init__(self, keys: KeyMap, theirs: dict, path: str, shape: tuple[int, ...], where: str):
         self.rule, self.path, self.shape, self.where = keys.rules[path], path, shape, where
@@ -169,10 +170,11 @@ class LazyArray:
 
     @property
     def dtype(self) -> np.dtype:
-        """Their dtype; one layer is read for it."""
-        return (self[0] if self.rule.is_stacked else np.asarray(self)).dtype
+        """Their dtype; where a file does not say it, one layer is read for it."""
+        known = getattr(self.tensors[0], "dtype", None)
+        return known if isinstance(known, np.dtype) else self._layer(0).dtype
 
-    def __getitem__(self, layer: int) -> np.ndarray:
+    def _layer(self, layer: int) -> np.ndarray:
         name, tensor, wanted = self.names[layer], self.tensors[layer], self.shape[self.rule.is_stacked :]
         try:
             part = self.rule.split(tensor.read())[self.rule.paths.index(self.path)]
@@ -183,8 +185,15 @@ class LazyArray:
             raise UserError(f"{self.where}: {there}, the config makes it {list(wanted)}")
         return part
 
+    def __getitem__(self, index: int | tuple[slice, ...]) -> np.ndarray:
+        if not self.rule.is_stacked:
+            return self._layer(0)[index]
+        if not isinstance(index, tuple):
+            return self._layer(index)
+        return np.stack([self._layer(layer)[index[1:]] for layer in range(*index[0].indices(len(self.names)))])
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = np.stack([self[layer] for layer in range(len(self.names))]) if self.rule.is_stacked else self[0]
+        array = self[(slice(None),) * len(self.shape)]
         return array if dtype is None else array.astype(dtype)
 
 

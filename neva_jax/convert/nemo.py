@@ -6,7 +6,7 @@ them in a format's own. NeVA keeps its tower and projector under the word embedd
 
 import re
 
-from neva_jax.convert.hf import clip_rules
+from neva_jax.convert.hf import POOLING, vision_rules
 from neva_jax.convert.keymap import FUSED_GLU, TRANSPOSE, KeyMap, Op, Rule, chain, fused_qkv, pad_rows
 from neva_jax.layers.mlp import ACTIVATIONS
 from neva_jax.models.llama import LlamaConfig
@@ -50,7 +50,7 @@ WRITERS = [_reader(theirs, ours) for ours, theirs in LEGACY]
 
 def canonical(name: str) -> str | None:
     """A name in a .nemo -> the tables' name; None for what carries no weight. Unknown names stay as they are."""
-    if IGNORED.search(name):
+    if IGNORED.search(name) or POOLING.search(name):
         return None
     name = re.sub(r"^(?:model\.|module\.)+", "", name.replace("._orig_mod", ""))  # O2's wrapper, torch.compile's wrapper
     for readers in (READERS, READERS_AFTER):
@@ -113,13 +113,24 @@ def projector_rules(kind: str) -> list[Rule]:
 
 def tower_rules(config) -> list[Rule]:
     """Hugging Face's table under NeVA's prefix."""
-    return [Rule(rule.theirs.replace("vision_encoder.", f"{TOWER}.", 1), rule.ours, rule.op) for rule in clip_rules(config)]
+    return [Rule(rule.theirs.replace("vision_encoder.", f"{TOWER}.", 1), rule.ours, rule.op) for rule in vision_rules(config)]
 
 
 def key_map(model_config) -> KeyMap:
-    """model_config: NevaConfig."""
-    rules = llama_rules(model_config.llm) + projector_rules(model_config.projector) + tower_rules(model_config.vision)
-    return KeyMap(rules, {"llm": model_config.llm.num_layers, "vision_encoder": model_config.vision.num_layers})
+    """model_config: NevaConfig; a part that is None has no rules, and a projector needs both others."""
+    llm, vision = model_config.llm, model_config.vision
+    rules = (llama_rules(llm) if llm else []) + (tower_rules(vision) if vision else [])
+    rules += projector_rules(model_config.projector) if llm and vision else []
+    return KeyMap(rules, {part: config.num_layers for part, config in (("llm", llm), ("vision_encoder", vision)) if config})
+
+
+def part_of(name: str) -> str | None:
+    """The part of a model that a canonical name belongs to."""
+    if name.startswith(ADAPTER):
+        return "projector"
+    if name.startswith(f"{EMBEDDING}.vision_encoder."):
+        return "vision_encoder"
+    return "llm" if name.startswith((f"{EMBEDDING}.weight", "decoder.", "output_layer.")) else None
 
 
 # ---- ranks -------------------------------------------------------------------------------------------------------------------------------------------

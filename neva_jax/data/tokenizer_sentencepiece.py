@@ -26,7 +26,7 @@ class SentencePieceTokenizer:
     roles: {"bos_token": name, ...} where they are not the model's own. ordinary: those of `added` that transformers does not count as special.
     adds_bos: whether transformers puts BOS before a string (NeMo never does).
     Attributes: path, fingerprint, vocab_size; bos_id, eos_id, unk_id, pad_id (None where absent); adds_bos; special, the names that `whole` takes for control
-    tokens; restarts, whether text behind a control token begins with a dummy prefix again.
+    tokens; behind, those of them behind the model's own pieces; restarts, whether text behind a control token begins with a dummy prefix again.
     """
 
     def __init__(self, path: str | Path, *, style: str = "nemo", legacy: bool = False, added=(), roles=None, ordinary=(), adds_bos: bool = True):
@@ -53,6 +53,7 @@ class SentencePieceTokenizer:
         self.adds_bos = style == "huggingface" and adds_bos and self.bos_id is not None
         pieces = [piece.piece for piece in self._proto().pieces if piece.type == USER_DEFINED]
         self.special = tuple(dict.fromkeys((*self._added, *pieces)))
+        self.behind = tuple(sorted((name for name, i in self._added.items() if i >= model.vocab_size()), key=self._added.get))
         self.restarts = legacy and (style == "huggingface" or bool(self._added and not pieces))
 
     def _ids_of_added(self, tokens: list[str]) -> dict[str, int]:

@@ -118,6 +118,12 @@ def test_buffers_of_old_files_are_ignored(saved, tmp_path):
         ("image_newline", "projector.image_newline"),
         ("text_model.encoder.layers.0.mlp.fc1.bias", None),
         ("logit_scale", None),
+        ("logit_bias", None),
+        ("vision_model.head.probe", None),
+        ("model.vision_tower.head.attention.in_proj_bias", None),
+        ("vision_tower.vision_model.head.mlp.fc2.weight", None),
+        ("model.head.weight", "model.head.weight"),
+        ("vision_model.head.weight", "vision_model.head.weight"),
         ("visual_projection.weight", None),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "llm.layers.0.self_attn.q_proj.lora_A.weight"),
@@ -180,7 +186,7 @@ def test_a_missing_shard(sharded):
 @pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
-    refuses(sharded, "model.safetensors.index.json: not a safetensors index", "copy it again")
+    refuses(sharded, "model.safetensors.index.json: not an index of weights", "copy it again")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -191,10 +197,25 @@ def test_a_truncated_file(saved, tmp_path, keep):
     refuses(tmp_path, "model.safetensors: not a whole safetensors file", "copy it again")
 
 
-def test_no_safetensors(saved, tmp_path):
+def test_no_weights(saved, tmp_path):
     shutil.copy(saved[1] / "config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
-    refuses(tmp_path, "no *.safetensors here", "pytorch_model.bin", "save the model as safetensors")
+    (tmp_path / "flax_model.msgpack").write_bytes(b"another format")
+    refuses(tmp_path, "no *.safetensors and no pytorch_model*.bin here", "flax_model.msgpack", "save the model as safetensors")
+
+
+def test_torchs_files_are_read_where_there_are_no_others(saved, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(array) for name, array in load_file(saved[1] / "model.safetensors").items()}
+    names = sorted(tensors)
+    shutil.copy(saved[1] / "config.json", tmp_path)
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        torch.save({name: tensors[name] for name in part}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    weight_map = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path), read(saved[1]))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"c__builtin__\neval\n.")
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
+    refuses(tmp_path, "pytorch_model.bin: not a torch file of plain tensors")
 
 
 def test_no_such_directory(tmp_path):
@@ -284,7 +305,7 @@ def test_whose_config_it_is(tmp_path):
     clip = {"model_type": "clip_vision_model", "hidden_size": 8}
     assert config_of(tmp_path, clip) == {"top": clip, "text": None, "vision": clip}
     whole = {"model_type": "clip", "text_config": {"hidden_size": 1}, "vision_config": {"hidden_size": 2}}
-    assert config_of(tmp_path, whole) == {"top": whole, "text": None, "vision": {"hidden_size": 2}}
+    assert config_of(tmp_path, whole) == {"top": whole, "text": None, "vision": {"model_type": "clip_vision_model", "hidden_size": 2}}
     llama = {"model_type": "llama", "hidden_size": 8}
     assert config_of(tmp_path, llama) == {"top": llama, "text": llama, "vision": None}
     original = {"model_type": "llava_llama", "hidden_size": 8, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
@@ -329,9 +350,7 @@ def test_language_models_that_cannot_be_computed(text, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "vision, words", [({"model_type": "siglip_vision_model"}, "type 'siglip_vision_model'"), ({"hidden_act": "relu"}, "hidden_act 'relu'")]
-)
+@pytest.mark.parametrize("vision, words", [({"model_type": "dinov2"}, "type 'dinov2'"), ({"hidden_act": "relu"}, "hidden_act 'relu'")])
 def test_towers_that_cannot_be_computed(vision, words):
     with pytest.raises(UserError, match=words):
         hf.vision_fields(vision)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from neva_jax.convert import hf
 from neva_jax.convert.hf_write import TokenIds, describe, write_huggingface
-from neva_jax.convert.weights import open_safetensors
+from neva_jax.convert.weights import open_tensors
 from neva_jax.errors import UserError
 from neva_jax.layers.rope import Rope
 from neva_jax.models.clip import ClipVisionConfig
@@ -47,7 +47,7 @@ ARRAYS = random_arrays()
 
 
 def tensors_of(directory):
-    return {name: tensor.read() for name, tensor in open_safetensors(directory).items()}
+    return {name: tensor.read() for name, tensor in open_tensors(directory).items()}
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,16 @@ def write_torch_dist(directory, arrays, make=sharded, **more):
     return directory
 
 
+def write_by_zarr(directory, arrays):
+    """By zarr 2 itself, compressed as it does by default."""
+    zarr = pytest.importorskip("zarr")
+    for key, array in arrays.items():
+        chunks = shares(key, array.shape)[0][1]
+        zarr.open(str(directory / key), mode="w", shape=array.shape, chunks=chunks, dtype=array.dtype.str)[...] = array
+    (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
+    return directory
+
+
 def write_zarr(directory, arrays, **fields):
     """As zarr 2 writes with no compressor, and as megatron-core calls it: a chunk for each shard, bfloat16 by its name."""
     for key, array in arrays.items():
@@ -106,6 +116,17 @@ def write_zarr(directory, arrays, **fields):
 
 
 WRITERS = {"torch_dist": write_torch_dist, "zarr": write_zarr}
+
+
+def test_what_zarr_itself_wrote(tmp_path):
+    config = EVEN["gqa"]
+    arrays = stacked(arrays_of(config), nemo.key_map(config))
+    directory = write_by_zarr(tmp_path / "weights", {key: array.astype(np.float32) for key, array in arrays.items()})
+    found = open_dist(directory)
+    for key, array in arrays.items():
+        layers = {name: tensor.read() for name, tensor in found.items() if re.sub(r"layers\.\d+\.", "layers.", name) == key}
+        whole = found[key].read() if key in found else np.stack(list(layers.values()))
+        np.testing.assert_array_equal(whole, array.astype(np.float32), err_msg=key, strict=True)
 
 
 @pytest.fixture(params=WRITERS)

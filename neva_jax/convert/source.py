@@ -1,0 +1,73 @@
+"""Weights of other programs as sources that a run can start from: a path, what parts of a model lie there, and arrays that are read when they are asked for.
+
+A source has `shapes` ({path: None}), `parts`, `load(targets)`, `lazy(path, shape)`, and `published`: how a run finds it again.
+"""
+
+import tempfile
+from pathlib import Path
+
+import jax
+
+from neva_jax.convert import hf, nemo
+from neva_jax.convert.keymap import KeyMap, LazyArray
+from neva_jax.convert.nemo_file import NemoFile
+from neva_jax.convert.weights import full_digest, headers_digest
+from neva_jax.models.multimodal import NevaConfig
+from neva_jax.parallel.sharding import place
+
+PARTS = ("llm", "vision_encoder", "projector")
+
+
+class Source:
+    """Tensors of another program, read through a key map. parts: what to take, e.g. ("llm",).
+
+    Names that belong to no part are kept, for `check` to complain of: weights that nobody recognises are not dropped in silence.
+    """
+
+    def __init__(self, path: Path, tensors: dict, keys: KeyMap, parts: tuple[str, ...], part_of):
+        """part_of: canonical name -> part, or None."""
+        self.path, self.names = Path(path), list(tensors)
+        self.tensors = {name: tensor for name, tensor in tensors.items() if part_of(name) in (*parts, None)}
+        self.key_map, self._part_of = keys, part_of
+        present = {part_of(name) for name in self.tensors}
+        self.parts = tuple(part for part in PARTS if part in present)
+        self.shapes = dict.fromkeys(path for path in keys.rules if path.split("/")[0] in present)
+        self.published = {"directory": str(self.path.absolute()), "digest": headers_digest(path), "parts": list(parts)}
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Everything of the parts that `shapes` speaks of is there, has its shape, and nothing else is; else one error that lists it all."""
+        wanted = {path.split("/")[0] for path in shapes}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if self._part_of(name) in (*wanted, None)}
+        self.key_map.check(tensors, {path: shapes[path] for path in self.shapes if path in shapes}, str(self.path))
+
+    def full_digest(self) -> str:
+        return full_digest(self.path)
+
+    def lazy(self, path: str, shape: tuple[int, ...]) -> LazyArray:
+        return self.key_map.lazy(self.tensors, path, shape, str(self.path))
+
+    def load(self, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Each array born where its target says, every device reading its own block."""
+        self.check({path: target.shape for path, target in targets.items()})
+        return {path: place(self.lazy(path, target.shape), target) for path, target in targets.items()}
+
+
+def huggingface(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> Source:
+    """A Hugging Face directory, or a file of weights under its names, such as LLaVA's mm_projector.bin."""
+    tensors = hf.open_tensors(path)
+    if config.llm and config.llm.tied:
+        tensors.pop("llm.lm_head.weight", None)  # some files repeat the table; transformers reads past it as well
+
+    def part_of(name: str) -> str | None:
+        part = name.split(".")[0]
+        return part if part in PARTS else None
+
+    return Source(path, tensors, hf.key_map(config, tensors), parts, part_of)
+
+
+def nemo_file(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> Source:
+    """A .nemo file or its unpacked directory. What lies in a tar is copied to a scratch directory, which goes when the source does."""
+    scratch = tempfile.TemporaryDirectory(prefix="neva_jax_nemo_")
+    source = Source(path, NemoFile(path).tensors(Path(scratch.name)), nemo.key_map(config), parts, nemo.part_of)
+    source.scratch = scratch
+    return source
