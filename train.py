@@ -1,7 +1,7 @@
 """Train a NeVA model: python train.py --config configs/pretrain.py [--config.model.micro_batch_size=8 ...]
 
-One run, top to bottom. What a run leaves in its directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, base/ and base.json (the frozen weights it
-stands on), and with `evaluation.questions` set, evaluation.json and answers.png.
+One run, top to bottom. What a run leaves in its directory: config.json, preprocessor_config.json, metrics.jsonl, tensorboard/, checkpoints/, base/ and
+base.json (the frozen weights it stands on), and with `evaluation.questions` set, evaluation.json and answers.png.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from neva_jax import cli, hub
 from neva_jax.build import data as build_data
 from neva_jax.build import model as build_model
 from neva_jax.build import run as build_run
+from neva_jax.build.export import save_processor
 from neva_jax.build.weights import start_weights
 from neva_jax.checkpoint.base import record_base
 from neva_jax.config import architecture, compare_architecture, to_json
@@ -80,6 +81,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
         del params, origin
     if first_process:
         (run / "config.json").write_text(json.dumps(to_json(config), indent=1))
+        save_processor(config, run)
 
     # ---- the step ----------------------------------------------------------------------------------------------------------------------------------
     train_step = jax.jit(

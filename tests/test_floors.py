@@ -22,6 +22,7 @@ FLOORS = [
 ]
 FLOOR = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
 TOP = len(FLOORS)  # what a person runs: every other file at the root, train.py, convert_torch.py
+FLOOR["__init__"] = TOP + 1  # the package's own door: what it offers is imported when it is asked for
 SEE_CONFIG = {"fields", "config", "build", "cli"}
 FILES = {path: path.relative_to(ROOT / "neva_jax").parts[0].removesuffix(".py") for path in sorted((ROOT / "neva_jax").rglob("*.py"))}
 FILES |= {path: path.stem for path in sorted(ROOT.glob("*.py"))}

@@ -1,0 +1,114 @@
+"""Convert a model between Hugging Face, NeMo and neva_jax. The input's format is recognised; the output must not exist, and is whole or not there.
+
+    a Hugging Face Llama as .nemo        python convert_torch.py --input Llama-2-7b-chat-hf --output llama2.nemo --to nemo [--tensor_parallel 2]
+    a LLaVA as .nemo                     python convert_torch.py --input llava-1.5-7b-hf --output neva.nemo --to nemo
+    a .nemo for transformers, vLLM, ...  python convert_torch.py --input neva.nemo --output neva-hf --to hf --base clip-vit-large-patch14-336
+    another number of ranks              python convert_torch.py --input llama2_tp1.nemo --output llama2_tp4_pp2.nemo --to nemo --tensor_parallel 4
+                                             --pipeline_parallel 2
+    a run of ours, or a step of it       python convert_torch.py --input nemo_experiments/finetune[/checkpoints/2000] --output my-llava --to hf
+    weights to train from, prepared      python convert_torch.py --input llava-1.5-7b-hf --output llava-ours --to orbax
+
+Inputs: Hugging Face directories (Llama, Mistral, CLIP, SigLIP, LLaVA in every published layout; safetensors or .bin), .nemo files and unpacked
+ones (plain, any tensor and pipeline ranks, distributed), runs and steps of this program, and LLaVA's mm_projector.bin. What an input lacks, such
+as the tower that NeMo leaves out of its files or the language model beneath a trained projector, comes from --base, which may be repeated; a run
+of ours knows its own.
+
+An export --to hf ends with a round trip: the written directory is opened, reads a picture and tokens, and its logits are compared with the input's. A .nemo
+holds what NeMo itself would save: a tower only if it was trained (--parts llm,projector,vision_encoder puts it in).
+"""
+
+import json as jsonlib
+import logging
+import signal
+import time
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from neva_jax import cli, hub
+from neva_jax.build import export, roundtrip
+from neva_jax.build.opened import opened
+from neva_jax.convert.nemo import KEY_FORMATS
+from neva_jax.convert.source import PARTS
+from neva_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def main(
+    input: str, output: str, to: str, tensor_parallel: int | None, pipeline_parallel: int | None, key_format: str | None, dtype: str | None,
+    base: list[str], tokenizer: str | None, conv_template: str | None, parts: list[str], verify: bool, json: bool,
+) -> None:  # fmt: skip
+    start, output = time.perf_counter(), Path(output)
+    options = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel, "key_format": key_format}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and to != "nemo":
+        raise UserError(f"--{next(iter(options))} goes with --to nemo; a directory --to {to} knows no ranks")
+    export.check_output(output, dtype)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was begun is removed
+    with opened(input, bases=base, tokenizer=tokenizer, template=conv_template) as model:
+        log.info(f"{input}: {hub.FORMATS[model.format]}, with {', '.join(model.parts) or 'no weights'}")
+        if verify:
+            verify_base(model)
+        chosen = choose(model, to, tuple(parts))
+        state = f"nothing was left of {output}"
+        try:
+            with tqdm(unit="B", unit_scale=True, total=export.num_bytes(model.arrays(chosen)), disable=None) as bar:
+                write = {"orbax": export.to_orbax, "nemo": export.to_nemo, "hf": export.to_huggingface}[to]
+                report = write(model, output, chosen, dtype=dtype, tell=bar.update, **options)
+            report = {"input_format": model.format, "output_format": to, "parts": chosen, **report}
+            if to == "hf":
+                state, written = f"{output} is whole, but was not compared", time.perf_counter()
+                report |= roundtrip.compare(model, output, chosen)
+                report["seconds_comparing"] = round(time.perf_counter() - written, 2)
+        except KeyboardInterrupt:
+            log.error(f"interrupted: {state}")
+            raise
+    report["seconds"] = round(time.perf_counter() - start, 2)
+    print(jsonlib.dumps(report) if json else describe(output, report))
+
+
+def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := set(wanted) - set(PARTS):
+        raise UserError(f"--parts names {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
+    if wanted:
+        return tuple(part for part in PARTS if part in wanted)
+    if to == "nemo":
+        return export.nemo_parts(model)
+    is_neva = "projector" in model.parts and to == "hf"  # whose directory has to be whole
+    return PARTS if is_neva else model.parts
+
+
+def verify_base(model) -> None:
+    if model.format != "orbax":
+        raise UserError(f"--verify compares what a run of ours stands on with what it recorded, and {model.path} is no run")
+    log.info(f"{hub.verify_base(hub.run_of(model.path))} sources of frozen weights are what they were, to the last byte")
+
+
+def describe(output: Path, report: dict) -> str:
+    lines = [f"{output}: {report['num_tensors']} tensors, {report['num_bytes'] / 2**30:.2f} GiB of {', '.join(report['parts'])}, in {report['seconds']} s"]
+    if report.get("max_logit_difference") is not None:
+        same = "the same" if report["tokens_equal"] else "NOT the same"
+        lines.append(f"opened again: the largest difference of a logit is {report['max_logit_difference']:.3g}, the likeliest tokens are {same}")
+    return "\n".join(lines)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("input", None, "a Hugging Face directory, .nemo, run of ours or a step of it, mm_projector.bin", flag_values=values, required=True)
+    flags.DEFINE_string("output", None, "must not exist; a name that ends in .nemo is a tar, any other a directory", flag_values=values, required=True)
+    flags.DEFINE_enum("to", None, ["orbax", "hf", "nemo"], "the format to write", flag_values=values, required=True)
+    flags.DEFINE_integer("tensor_parallel", None, "--to nemo: tensor ranks (default 1)", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("pipeline_parallel", None, "--to nemo: pipeline ranks (default 1)", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("key_format", None, list(KEY_FORMATS), "--to nemo: names as megatron-core has them (default), or as NeMo before it", flag_values=values)
+    flags.DEFINE_string("dtype", None, "float32, bfloat16 or float16, of all tensors; default: as they are", flag_values=values)
+    flags.DEFINE_multi_string("base", [], "a model that has what the input lacks; may be repeated", flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "a sentencepiece model or a Hugging Face directory, instead of the input's own", flag_values=values)
+    flags.DEFINE_string("conv_template", None, "the conversation template, where the input names none", flag_values=values)
+    flags.DEFINE_list("parts", [], "of llm,vision_encoder,projector, what to write; default: all there is, and for a .nemo what NeMo saves", flag_values=values)
+    flags.DEFINE_bool("verify", False, "of a run: read every byte of the weights it stands on and compare hashes", flag_values=values)
+    flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags, with_config=False)

@@ -1,0 +1,240 @@
+"""An opened model written in another format: Hugging Face, .nemo or our own. What lands under the output's name is whole or not there.
+
+Each function returns {key: value} for the converter's report.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from neva_jax.build.architecture import OURS, VOCAB, nemo_config
+from neva_jax.build.data import build_encoder
+from neva_jax.build.model import image_processor
+from neva_jax.build.opened import TOKENIZER_FILES, Opened
+from neva_jax.checkpoint.stream import save_lazily
+from neva_jax.config import to_json
+from neva_jax.convert import hf, nemo
+from neva_jax.convert.hf_processor import image_config, processor_files
+from neva_jax.convert.hf_write import DTYPES, TokenIds, describe, write_huggingface
+from neva_jax.convert.nemo_write import write_nemo
+from neva_jax.data.tokenizer import SentencePieceTokenizer
+from neva_jax.errors import UserError
+from neva_jax.models.multimodal import NevaConfig
+
+log = logging.getLogger(__name__)
+
+WHOLE = ("llm", "vision_encoder", "projector")
+PRECISION = {"float32": 32, "float16": 16, "bfloat16": "bf16"}
+PUBLISHED_TOWERS = {  # (width, blocks, patch, pixels): the name that NeMo fetches it by
+    (1024, 24, 14, 224): "openai/clip-vit-large-patch14",
+    (1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
+}
+
+
+class Watched:
+    """An array that is read when it is asked for, and tells how many bytes were."""
+
+    def __init__(self, array, tell):
+        self.array, self.tell = array, tell
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, index):
+        part = self.array[index]
+        self.tell(part.nbytes)
+        return part
+
+    def __array__(self, dtype=None, copy=None):
+        part = np.asarray(self.array)
+        self.tell(part.nbytes)
+        return part if dtype is None else part.astype(dtype)
+
+
+def watched(arrays: dict, tell) -> dict:
+    return {path: Watched(array, tell) for path, array in arrays.items()} if tell else arrays
+
+
+def num_bytes(arrays: dict, dtype: str | None = None) -> int:
+    return sum(int(np.prod(array.shape)) * (np.dtype(DTYPES[dtype][0]) if dtype else array.dtype).itemsize for array in arrays.values())
+
+
+def config_of(opened: Opened, parts: tuple[str, ...]) -> NevaConfig:
+    """The config without the parts that are not written; a projector's rules need both of its neighbours."""
+    keep = WHOLE if "projector" in parts else parts
+    return dataclasses.replace(opened.neva, llm=opened.neva.llm if "llm" in keep else None, vision=opened.neva.vision if "vision_encoder" in keep else None)
+
+
+def check_output(output: Path, dtype: str | None) -> None:
+    if os.path.lexists(output):
+        raise UserError(f"--output {output} exists; remove it, or choose another name")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+# ---- ours ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_orbax(opened: Opened, output: Path, parts: tuple[str, ...], *, dtype: str | None = None, tell=None) -> dict:
+    """A directory that opens like a run: config.json, base/ with all weights, the tokenizer's files, and how pictures are prepared."""
+    arrays = opened.arrays(parts)
+    _check_room(output, num_bytes(arrays, dtype))
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
+        made = Path(work) / "made"
+        made.mkdir()
+        save_lazily(made / "base", watched(arrays, tell), dtype=DTYPES[dtype][0] if dtype else None)
+        config = to_json(opened.config)
+        config["restore_from_path"] = None
+        for part in ("llm", "vision_encoder"):
+            config["model"]["mm_cfg"][part]["from_pretrained"] = None
+        config["model"]["tokenizer"] |= _copy_tokenizer(opened, made)
+        (made / "config.json").write_text(json.dumps(config, indent=1))
+        (made / "base.json").write_text(json.dumps({"copied": sorted(arrays), "published": [], "whole": True}, indent=1))
+        if "vision_encoder" in parts:
+            save_processor(opened.config, made)
+        os.rename(made, output)
+    return {"num_tensors": len(arrays), "num_bytes": num_bytes(arrays, dtype)}
+
+
+def save_processor(config, directory: Path) -> None:
+    """preprocessor_config.json: how this tower wants its pictures, for those who start from the directory."""
+    (directory / "preprocessor_config.json").write_text(json.dumps(image_config(image_processor(config)), indent=1))
+
+
+def _copy_tokenizer(opened: Opened, made: Path) -> dict:
+    """Files beside the weights, and model.tokenizer's fields that say so, relative to the directory."""
+    t = opened.config.model.tokenizer
+    if opened.tokenizer is None:
+        return {"model": None, "type": None}
+    folder = made / "tokenizer"
+    folder.mkdir()
+    if t.library == "huggingface":
+        for name in TOKENIZER_FILES:
+            if (file := Path(t["type"]) / name).is_file():
+                (folder / name).write_bytes(file.read_bytes())
+        return {"type": "tokenizer"}
+    fields = {}
+    for name in ("model", "vocab_file", "merge_file"):
+        if t[name]:
+            (folder / Path(t[name]).name).write_bytes(Path(t[name]).read_bytes())
+            fields[name] = f"tokenizer/{Path(t[name]).name}"
+    return fields
+
+
+def _check_room(output: Path, need: int) -> None:
+    import shutil
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(output.parent).free) < need * 1.02 + 2**20:
+        raise UserError(f"{output}: needs {need / 2**30:.2f} GiB of disk, {output.parent} has {free / 2**30:.2f}; make room, or choose another disk")
+
+
+# ---- NeMo ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_nemo(
+    opened: Opened, output: Path, parts: tuple[str, ...], *, tensor_parallel: int = 1, pipeline_parallel: int = 1, key_format: str = "mcore",
+    dtype: str | None = None, tell=None,
+) -> dict:  # fmt: skip
+    arrays, config = opened.arrays(parts), opened.config.copy_and_resolve_references()
+    keys = nemo.key_map(config_of(opened, parts))
+    outline = keys.outline(arrays)
+    widest = np.result_type(*{own for _, own in outline.values()}).name
+    config.unlock()
+    config.model.mm_cfg.llm.freeze = "llm" not in parts  # as NeMo has it: what is frozen is not in the file
+    config.model.mm_cfg.vision_encoder.freeze = "vision_encoder" not in parts
+    config.model.mm_cfg.vision_encoder.from_pretrained = tower_name(opened)
+    config.model.mm_cfg.llm.from_pretrained = None if "llm" in parts else opened.named.get("llm") or config.model.mm_cfg.llm.from_pretrained
+    artifacts, member = {}, None
+    if tokenizer := _sentencepiece(opened):
+        content = tokenizer.path.read_bytes()
+        member = f"{hashlib.md5(content).hexdigest()}_{tokenizer.path.name}"
+        artifacts[member] = content
+    tree = nemo_config(config, parts=parts, tokenizer_member=member, precision=PRECISION.get(dtype or widest, 32))
+    vocab, multiple = opened.neva.llm.vocab_size, config.model.make_vocab_size_divisible_by * tensor_parallel
+    tree["override_vocab_size"] = None
+    tokenizer = tokenizer or opened.tokenizer
+    if tokenizer is None or -(-tokenizer.vocab_size // multiple) != -(-vocab // multiple):
+        tree["override_vocab_size"] = -(-vocab // multiple) * multiple
+    tree[OURS][VOCAB] = vocab
+    write_nemo(
+        output, keys.parts(watched(arrays, tell)), outline, tree, artifacts, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
+        key_format=key_format, dtype=dtype,
+    )  # fmt: skip
+    return {"num_tensors": len(outline), "num_bytes": num_bytes(arrays, dtype)}
+
+
+def nemo_parts(opened: Opened) -> tuple[str, ...]:
+    """What NeMo itself would save: everything but a tower that was frozen."""
+    trained = not opened.config.model.mm_cfg.vision_encoder.freeze
+    return tuple(part for part in opened.parts if part != "vision_encoder" or trained or opened.parts == ("vision_encoder",))
+
+
+def tower_name(opened: Opened) -> str | None:
+    """Where NeMo finds the tower: as the model's own files have it, or a directory that is nothing else, or the published one of this shape."""
+    v = opened.neva.vision
+    given = opened.named.get("vision_encoder") or opened.config.model.mm_cfg.vision_encoder.from_pretrained
+    if given and (not Path(given).is_dir() or not hf.read_config(given)["text"]):
+        return given
+    return PUBLISHED_TOWERS.get((v.hidden_size, v.num_layers, v.patch_size, v.image_size))
+
+
+def _sentencepiece(opened: Opened) -> SentencePieceTokenizer | None:
+    """The tokenizer as NeMo will have it: the sentencepiece model alone, also of a Hugging Face directory that has one."""
+    if opened.tokenizer is None:
+        return None
+    files = [opened.tokenizer.path, opened.tokenizer.path.parent / "tokenizer.model"]
+    return next((SentencePieceTokenizer(file) for file in files if file.suffix == ".model" and file.is_file()), None)
+
+
+# ---- Hugging Face --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_huggingface(opened: Opened, output: Path, parts: tuple[str, ...], *, dtype: str | None = None, tell=None) -> dict:
+    if parts == ("projector",):
+        raise UserError("a projector alone is no model of Hugging Face's; give --base PATH, a model with the other parts, or convert --to nemo or orbax")
+    arrays, config = opened.arrays(parts), config_of(opened, parts)
+    files, ids, notes = {}, _ids_in_config(opened), ["no tokenizer is written, since there is none; give --tokenizer PATH to have one"]
+    if opened.tokenizer is not None and config.llm:
+        made = processor_files(_encoder(opened), config, image_processor(opened.config) if config.vision else None)
+        files, ids, notes = made.files, made.ids, made.notes
+        if opened.template is None:
+            notes = ["no chat template is written, since the model's files name none; give --conv_template NAME, or write prompts by hand"]
+    elif config.vision:
+        files = {"preprocessor_config.json": (json.dumps(image_config(image_processor(opened.config)), indent=2) + "\n").encode()}
+        notes = notes if config.llm else []
+    report = write_huggingface(
+        output, config, watched(arrays, tell), ids, files=files, notes=tuple(notes), dtype=dtype, kind=_kind(opened),
+        max_positions=opened.config.model.encoder_seq_length,
+    )  # fmt: skip
+    log.info(describe(report))
+    return {"num_tensors": report.num_tensors, "num_bytes": report.num_bytes, "files": report.files}
+
+
+def _encoder(opened: Opened):
+    config = opened.config.copy_and_resolve_references()
+    if opened.template is None:
+        config.unlock()
+        config.model.data.conv_template = "interleaved"  # no conversation: no chat template is written
+    return build_encoder(config, opened.tokenizer, opened.neva)
+
+
+def _ids_in_config(opened: Opened) -> TokenIds:
+    """Token ids that a Hugging Face config.json says, for a model without a tokenizer."""
+    if opened.format != "hf":
+        return TokenIds()
+    config = hf.read_config(opened.path)
+    top, text = config["top"], config["text"] or {}
+    get = lambda name: top.get(name, text.get(name))  # noqa: E731
+    ends = get("eos_token_id")
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    return TokenIds(top.get("image_token_index", top.get("image_token_id")), get("pad_token_id"), get("bos_token_id"), ends)
+
+
+def _kind(opened: Opened) -> str:
+    text = hf.read_config(opened.path)["text"] if opened.format == "hf" else None
+    return "mistral" if text and "mistral" in text.get("model_type", "") else "llama"

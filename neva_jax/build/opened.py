@@ -1,0 +1,177 @@
+"""A model by its path, in whatever format: its config, tokenizer and weights, nothing of them read before it is asked for.
+
+What the path lacks (a frozen tower that NeMo leaves out, the language model of a stage-1 file) comes from other paths: `bases`, or those that the model's own
+files name and that are here.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from neva_jax.build.architecture import LLM_FROM, TOWER_FROM, VOCAB, fields_of, template_of
+from neva_jax.build.data import build_tokenizer
+from neva_jax.build.model import neva_config
+from neva_jax.build.weights import weight_paths
+from neva_jax.config import assign, check, from_json
+from neva_jax.convert.keymap import some
+from neva_jax.convert.nemo_file import NemoFile
+from neva_jax.convert.source import PARTS
+from neva_jax.errors import UserError
+from neva_jax.fields import FOLLOWERS, VISION
+from neva_jax.hub import format_of, load_weights, open_weights, origins, run_of
+from neva_jax.models.multimodal import NevaConfig, neva
+from neva_jax.transforms.select import Weight, describe
+
+log = logging.getLogger(__name__)
+
+TOKENIZER = "model.tokenizer"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclasses.dataclass
+class Opened:
+    """format: one of hub.FORMATS. parts: which of llm, vision_encoder, projector there are. origin: {path of a weight: its source}. template: None where no
+    file names one. tokenizer: None where there is none. named: {part: where the files say that it lies}. scratch: kept as long as the model."""
+
+    path: Path
+    format: str
+    config: ConfigDict
+    neva: NevaConfig
+    tokenizer: object
+    template: str | None
+    weights: dict[str, Weight]
+    origin: dict[str, object]
+    named: dict[str, str]
+    scratch: object
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        present = {path.split("/")[0] for path in self.origin}
+        return tuple(part for part in PARTS if part in present)
+
+    def arrays(self, parts: tuple[str, ...] = PARTS) -> dict[str, object]:
+        """{path: array that is read when it is asked for} of some parts, checked to be whole. UserError for a part that is not there."""
+        for part in parts:
+            if part not in self.parts and not (part == "projector" and self.neva.projector == "identity"):
+                where = f"; its files say that it lies in {self.named[part]!r}, which is not here" if part in self.named else ""
+                raise UserError(f"{self.path}: no weights of {part} in it{where}; give --base PATH, a model that has it (it may be repeated)")
+        chosen = {path: weight.shape for path, weight in self.weights.items() if path.split("/")[0] in parts}
+        if missing := [path for path in chosen if path not in self.origin]:
+            raise UserError(f"{self.path}: {len(missing)} weights are missing ({some(missing)}); it is not of the model that its config describes")
+        for source in {id(source): source for source in self.origin.values()}.values():
+            source.check({path: shape for path, shape in chosen.items() if self.origin[path] is source})
+        return {path: self.origin[path].lazy(path, shape) for path, shape in chosen.items()}
+
+    def load(self, targets: dict) -> dict:
+        """{path: jax.Array}, each born where its target (a ShapeDtypeStruct with a sharding) says."""
+        return load_weights(targets, list({id(source): source for source in self.origin.values()}.values()))[0]
+
+
+def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, template: str | None = None, field: str = "--input") -> Opened:
+    """bases: paths of models that fill what this one lacks. tokenizer: a sentencepiece model or a Hugging Face directory, instead of the model's own."""
+    path, scratch = Path(path), tempfile.TemporaryDirectory(prefix="neva_jax_tokenizer_")
+    kind, fields = format_of(path, field), fields_of(path, field)
+    named = {part: fields.pop(name) for part, name in (("llm", LLM_FROM), ("vision_encoder", TOWER_FROM)) if fields.get(name)}
+    bases = [*bases, *(place for place in named.values() if Path(place).exists() and Path(place) != path)]
+    for base in reversed(bases):
+        fields = fields_of(base, "--base") | fields if kind == "tensors" else fields
+    config = from_json({})
+    for name in sorted(fields, key=lambda name: (name in FOLLOWERS, name)):
+        if not name.startswith(f"{TOKENIZER}."):
+            assign(config, name, fields[name])
+    config.restore_from_path = str(path)
+    _attach(config, bases)
+    for place in (path, *bases):
+        if not (config.model.tokenizer.model or config.model.tokenizer["type"]):
+            _set_tokenizer(config, Path(place), tokenizer, Path(scratch.name))
+    if template:
+        config.model.data.conv_template = template
+    check(config)
+    opened_tokenizer = build_tokenizer(config) if config.model.tokenizer.model or config.model.tokenizer.type else None
+    if opened_tokenizer is not None and config.model.override_vocab_size == opened_tokenizer.vocab_size:
+        config.model.override_vocab_size = None
+    neva_ = neva_config(config, opened_tokenizer.vocab_size if opened_tokenizer else 1)
+    weights = describe(lambda: neva(neva_, rngs=nnx.Rngs(0)))[1]
+    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, neva_, name, parts)]
+    origin = origins(weights, sources)
+    if any(name.startswith("llm/") for name in origin) and fields.get(VOCAB) is None and opened_tokenizer is None:
+        raise UserError(f"{path}: the size of its vocabulary is nowhere said, since no tokenizer is in it; give --tokenizer PATH")
+    says = "model.data.conv_template" in fields or template
+    known = config.model.data.conv_template if says else None
+    return Opened(path, kind, config, neva_, opened_tokenizer, known, weights, origin, named, scratch)
+
+
+def _open(place: str, config: NevaConfig, name: str, parts: tuple[str, ...]) -> list:
+    return open_weights(place, config, "--input" if name == "restore_from_path" else "--base", parts)
+
+
+def _attach(config: ConfigDict, bases) -> None:
+    """The first base with a language model, and the first with a tower."""
+    for field, sign in ((LLM_FROM, "model.num_layers"), (TOWER_FROM, f"{VISION}.hidden_size")):
+        found = next((base for base in bases if sign in fields_of(base, "--base") and _holds(base, field)), None)
+        assign(config, field, None if found is None else str(found))
+
+
+def _holds(base, field: str) -> bool:
+    """A .nemo's config always speaks of a tower, which it rarely holds."""
+    return field == LLM_FROM or format_of(base, "--base") != "nemo"
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _set_tokenizer(config: ConfigDict, path: Path, given: str | None, scratch: Path) -> None:
+    """given, or the one at `path`, if there is one."""
+    t, kind = config.model.tokenizer, format_of(path)
+    if given:
+        _use(t, Path(given), huggingface=Path(given).is_dir())
+    elif kind == "nemo":
+        _from_nemo(config, NemoFile(path), scratch)
+    elif kind == "orbax":
+        for name, value in fields_of(path).items():
+            if name.startswith(f"{TOKENIZER}."):
+                assign(config, name, value)
+        for name in ("model", "type", "vocab_file", "merge_file"):
+            if t[name] and (run_of(path) / t[name]).exists():  # beside the weights, in a converted model
+                t[name] = str(run_of(path) / t[name])
+    elif kind == "hf" and template_of(path) and (path / "tokenizer.model").is_file():  # an export of ours
+        _use(t, path / "tokenizer.model", huggingface=False)
+        saved = json.loads((path / "tokenizer_config.json").read_text())
+        t.sentencepiece_legacy, t.additional_special_tokens = bool(saved.get("legacy")), tuple(saved.get("additional_special_tokens", ())) or None
+    elif kind == "hf" and any((path / name).is_file() for name in TOKENIZER_FILES[:2]):
+        _use(t, path, huggingface=True)
+
+
+def _use(t: ConfigDict, path: Path, *, huggingface: bool) -> None:
+    t.library, t["type"], t.model = ("huggingface", str(path), None) if huggingface else ("sentencepiece", None, str(path))
+
+
+def _from_nemo(config: ConfigDict, file: NemoFile, scratch: Path) -> None:
+    saved = file.config.get("tokenizer")
+    saved = saved if isinstance(saved, dict) else {}
+    for name in ("library", "type", "sentencepiece_legacy", "additional_special_tokens"):
+        if saved.get(name) is not None:
+            assign(config, f"{TOKENIZER}.{name}", tuple(saved[name]) if isinstance(saved[name], list) else saved[name])
+    for name in ("model", "tokenizer_model", "vocab_file", "merge_file"):
+        content = file.artifact(saved.get(name))
+        if content is not None and not config.model.tokenizer.get(target := name.removeprefix("tokenizer_")):
+            (scratch / target).write_bytes(content)
+            assign(config, f"{TOKENIZER}.{target}", str(scratch / target))
+    t = config.model.tokenizer
+    if t.library == "huggingface" and t["type"] and not Path(t["type"]).is_dir():
+        log.warning("%s: its tokenizer is Hugging Face's %r, which is no directory here; give --tokenizer PATH if it is needed", file.path, t["type"])
+        t["type"] = None
+
+
+@contextlib.contextmanager
+def opened(path, **options):
+    """`open_model`, whose scratch files go at the end."""
+    model = open_model(path, **options)
+    with model.scratch:
+        yield model
