@@ -17,6 +17,7 @@ An export --to hf ends with a round trip: the written directory is opened, reads
 holds what NeMo itself would save: a tower only if it was trained (--parts llm,projector,vision_encoder puts it in).
 """
 
+import contextlib
 import json as jsonlib
 import logging
 import signal
@@ -46,8 +47,7 @@ def main(
     if options and to != "nemo":
         raise UserError(f"--{next(iter(options))} goes with --to nemo; a directory --to {to} knows no ranks")
     export.check_output(output, dtype)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was begun is removed
-    with opened(input, bases=base, tokenizer=tokenizer, template=conv_template) as model:
+    with terminating(), opened(input, bases=base, tokenizer=tokenizer, template=conv_template) as model:
         log.info(f"{input}: {hub.FORMATS[model.format]}, with {', '.join(model.parts) or 'no weights'}")
         if verify:
             verify_base(model)
@@ -67,6 +67,16 @@ def main(
             raise
     report["seconds"] = round(time.perf_counter() - start, 2)
     print(jsonlib.dumps(report) if json else describe(output, report))
+
+
+@contextlib.contextmanager
+def terminating():
+    """SIGTERM is a KeyboardInterrupt meanwhile, so that what was begun is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:

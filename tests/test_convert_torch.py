@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -35,7 +34,6 @@ def convert(input, output, to, *flags) -> dict:
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "stdout", out)
-        patch.setattr(signal, "signal", lambda *_: None)  # the tests' own handlers stay
         argv = ["convert_torch.py", f"--input={input}", f"--output={output}", f"--to={to}", "--json", *flags]
         cli.run(convert_torch.main, convert_torch.define_flags, argv, with_config=False)
     assert end.value.code == 0, out.getvalue()
