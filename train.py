@@ -24,10 +24,9 @@ from neva_jax.errors import UserError
 from neva_jax.evaluation import show
 from neva_jax.inference.generate import greedy
 from neva_jax.parallel.devices import peak_flops
-from neva_jax.parallel.mesh import batch_shards
 from neva_jax.parallel.sharding import batch_sharding
 from neva_jax.training.metrics import Clock, Metrics, Work
-from neva_jax.training.step import init_state, make_eval_step, make_train_step
+from neva_jax.training.step import init_state, make_eval_step
 from neva_jax.training.stop import StopRequest
 from neva_jax.training.watch import Watch
 
@@ -84,13 +83,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
         save_processor(config, run)
 
     # ---- the step ----------------------------------------------------------------------------------------------------------------------------------
-    train_step = jax.jit(
-        make_train_step(
-            model.graphdef, optimizer, clip=config.trainer.gradient_clip_val, num_shards=batch_shards(mesh), reduction=config.model.loss_reduction,
-            accumulate_dtype=build_run.ACCUMULATE[config.model.optim.grad_accum_dtype],
-        ),
-        donate_argnums=0, compiler_options=build_run.compiler_options(config, mesh),
-    )  # fmt: skip
+    train_step = build_run.build_step(config, model, optimizer, mesh)
     eval_step = jax.jit(make_eval_step(model.graphdef))
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     peak = peak_flops(mesh.devices.flat[0].device_kind)

@@ -1,6 +1,6 @@
 """What it takes to convert a Llama-2-7B-shaped model (random bf16 weights, 13.5 GB): seconds and memory, beside `cp` and the libraries' own saves.
 
-    python benchmarks/convert.py [--size 7b|13b|tiny] [--folder DIR] [--only hf_to_orbax,...] [--references]
+    python benchmarks/convert.py [--size 7b|13b|tiny] [--folder DIR] [--only hf_to_orbax,...] [--references cp,...]
 
 Each conversion is `python convert_torch.py ... --json` as a process of its own, watched from outside: peak of RssAnon (memory that is not a mapped file) of
 /proc/PID/status, 20 times a second. References write the same arrays: `cp -r` of the directory, Orbax's StandardCheckpointer from memory, torch.save of each
@@ -134,9 +134,9 @@ print(time.perf_counter() - start)
 """
 
 
-def references(source: Path, folder: Path) -> dict:
+def references(source: Path, folder: Path, which: list[str]) -> dict:
     result = {}
-    for name in ("cp", "torch_save", "orbax_save"):
+    for name in which:
         target = folder / "reference"
         if name == "cp":
             start = time.perf_counter()
@@ -168,28 +168,25 @@ def describe() -> dict:
     }  # fmt: skip
 
 
-def main(size: str, parent: Path, only: list[str], with_references: bool) -> dict:
+def main(size: str, parent: Path, only: list[str], which: list[str]) -> dict:
     results = describe()
     with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         hf, made = folder / "hf", {}
         make(hf, size)
-        if with_references:
-            results["references_seconds"] = references(hf, folder)
+        if which:
+            results["references_seconds"] = references(hf, folder, which)
         made["hf"] = hf
         for conversion in only:
             source, to, flags = CONVERSIONS[conversion]
             target = folder / f"{conversion}.{to}"
             results[conversion] = convert(made[source], target, to, *flags)
             print(json.dumps({conversion: results[conversion]}), file=sys.stderr, flush=True)
-            keep = to in ("orbax", "nemo") and any(CONVERSIONS[later][0] == to for later in only[only.index(conversion) + 1 :])
-            if keep:
-                made[to] = target
-            else:
-                shutil.rmtree(target) if target.is_dir() else target.unlink()
-            for kind in [k for k in made if k != "hf" and not any(CONVERSIONS[later][0] == k for later in only[only.index(conversion) + 1 :])]:
-                gone = made.pop(kind)
-                shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+            wanted = {CONVERSIONS[later][0] for later in only[only.index(conversion) + 1 :]}
+            gone = [target] if to == "hf" else [made.get(to)]
+            made |= {} if to == "hf" else {to: target}
+            for path in filter(None, gone + [made.pop(kind) for kind in list(made) if kind not in wanted]):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     return results
 
 
@@ -204,9 +201,9 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where there is room")
     parser.add_argument("--only", default=",".join(CONVERSIONS), help="which conversions, in order")
-    parser.add_argument("--references", action="store_true", help="also cp, torch.save and Orbax's own save, which needs the model's size of memory")
+    parser.add_argument("--references", default="cp,torch_save", help="of cp, torch_save and orbax_save, which needs the model's size of memory")
     arguments = parser.parse_args()
-    found = rounded(main(arguments.size, arguments.folder, arguments.only.split(","), arguments.references))
+    found = rounded(main(arguments.size, arguments.folder, arguments.only.split(","), list(filter(None, arguments.references.split(",")))))
     if arguments.size != "tiny":
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps(kept | {arguments.size: kept.get(arguments.size, {}) | found}, indent=2) + "\n")

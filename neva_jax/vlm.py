@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from neva_jax.build.data import build_encoder
 from neva_jax.build.model import build_model, image_processor
-from neva_jax.build.opened import opened
+from neva_jax.build.opened import open_model
 from neva_jax.convert.source import PARTS
 from neva_jax.data.conversation import PLACEHOLDER, TEMPLATES, render
 from neva_jax.data.encoder import Encoder
@@ -65,12 +65,13 @@ class Processor:
 
 @dataclasses.dataclass(frozen=True)
 class Vlm:
-    """params: {path: array}, each on its devices; model: the module with them."""
+    """params: {path: array}, each on its devices; model: the module with them. scratch: files of the tokenizer, which go with this object."""
 
     graphdef: nnx.GraphDef
     params: dict[str, jax.Array]
     processor: Processor
     mesh: Mesh
+    scratch: object
 
     @functools.cached_property
     def model(self) -> MultimodalModel:
@@ -96,16 +97,16 @@ def from_pretrained(
     computation, float32 or bfloat16. tensor_parallel: devices that share each weight, of `devices` (default: one, or as many); each reads only its slices.
     Raises UserError for what is no whole model, by one sentence that says what is missing.
     """
-    with opened(path, bases=bases, tokenizer=tokenizer, template=conv_template, field="from_pretrained") as found:
-        found.arrays(PARTS)  # all there, all of the right shape
-        if found.tokenizer is None or found.template is None:
-            missing = "tokenizer" if found.tokenizer is None else "conv_template"
-            raise UserError(f"{path}: no {missing} is in it; give {missing}=...")
-        llm, vision = (dataclasses.replace(config, dtype=dtype) for config in (found.neva.llm, found.neva.vision))
-        config = dataclasses.replace(found.neva, llm=dataclasses.replace(llm, residual_dtype=dtype), vision=vision)
-        mesh = make_mesh(tensor=tensor_parallel, devices=devices or jax.devices()[:tensor_parallel])
-        found.config.model.trainable = (("", 0.5, None),)  # which of the weights would train is of no matter here
-        model = build_model(found.config, config, mesh)
-        targets = {name: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=model.shardings[name]) for name, w in model.weights.items()}
-        processor = Processor(build_encoder(found.config, found.tokenizer, config), image_processor(found.config))
-        return Vlm(model.graphdef, found.load(targets), processor, mesh)
+    found = open_model(path, bases=bases, tokenizer=tokenizer, template=conv_template, field="from_pretrained")
+    found.arrays(PARTS)  # all there, all of the right shape
+    if found.tokenizer is None or found.template is None:
+        missing = "tokenizer" if found.tokenizer is None else "conv_template"
+        raise UserError(f"{path}: no {missing} is in it; give {missing}=...")
+    llm, vision = (dataclasses.replace(config, dtype=dtype) for config in (found.neva.llm, found.neva.vision))
+    config = dataclasses.replace(found.neva, llm=dataclasses.replace(llm, residual_dtype=dtype), vision=vision)
+    mesh = make_mesh(tensor=tensor_parallel, devices=devices or jax.devices()[:tensor_parallel])
+    found.config.model.trainable = (("", 0.5, None),)  # which of the weights would train is of no matter here
+    model = build_model(found.config, config, mesh)
+    targets = {name: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=model.shardings[name]) for name, w in model.weights.items()}
+    processor = Processor(build_encoder(found.config, found.tokenizer, config), image_processor(found.config))
+    return Vlm(model.graphdef, found.load(targets), processor, mesh, found.scratch)

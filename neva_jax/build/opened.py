@@ -96,15 +96,15 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     opened_tokenizer = build_tokenizer(config) if config.model.tokenizer.model or config.model.tokenizer.type else None
     if opened_tokenizer is not None and config.model.override_vocab_size == opened_tokenizer.vocab_size:
         config.model.override_vocab_size = None
-    neva_ = neva_config(config, opened_tokenizer.vocab_size if opened_tokenizer else 1)
-    weights = describe(lambda: neva(neva_, rngs=nnx.Rngs(0)))[1]
-    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, neva_, name, parts)]
+    shape = neva_config(config, opened_tokenizer.vocab_size if opened_tokenizer else 1)
+    weights = describe(lambda: neva(shape, rngs=nnx.Rngs(0)))[1]
+    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, shape, name, parts)]
     origin = origins(weights, sources)
     if any(name.startswith("llm/") for name in origin) and fields.get(VOCAB) is None and opened_tokenizer is None:
         raise UserError(f"{path}: the size of its vocabulary is nowhere said, since no tokenizer is in it; give --tokenizer PATH")
     says = "model.data.conv_template" in fields or template
     known = config.model.data.conv_template if says else None
-    return Opened(path, kind, config, neva_, opened_tokenizer, known, weights, origin, named, scratch)
+    return Opened(path, kind, config, shape, opened_tokenizer, known, weights, origin, named, scratch)
 
 
 def _open(place: str, config: NevaConfig, name: str, parts: tuple[str, ...]) -> list:

@@ -16,11 +16,11 @@ from neva_jax.build.model import Model
 from neva_jax.checkpoint.manager import Checkpoints
 from neva_jax.config import check_parallel
 from neva_jax.errors import UserError
-from neva_jax.parallel.mesh import make_mesh
+from neva_jax.parallel.mesh import batch_shards, make_mesh
 from neva_jax.parallel.sharding import also_over_data, replicated
 from neva_jax.training.optimizer import SHARDED_OVER_DATA, make_optimizer
 from neva_jax.training.schedules import Schedule, make_schedule
-from neva_jax.training.step import init_state
+from neva_jax.training.step import init_state, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +50,18 @@ def log_dir(config: ConfigDict) -> Path:
     return directory
 
 
-def build_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of `trainer.devices x num_nodes` devices. Fewer devices in the machine than asked for are an error, more are left alone with a warning."""
-    present, wanted = jax.device_count(), config.trainer.devices
+def build_mesh(config: ConfigDict, devices: list | None = None) -> Mesh:
+    """The mesh of `trainer.devices x num_nodes` of `devices` (default: JAX's). Fewer than asked for are an error, more are left alone with a warning."""
+    devices = jax.devices() if devices is None else devices
+    present, wanted = len(devices), config.trainer.devices
     count = present if wanted in (-1, "auto") else wanted * config.trainer.num_nodes
     if count > present:
-        platform = jax.devices()[0].platform
+        platform = devices[0].platform
         raise UserError(f"trainer.devices x trainer.num_nodes asks for {count} devices, JAX sees {present} ({platform}); set trainer.devices={present}")
     if count < present:
         log.warning(f"{present} devices are here and {count} are used; trainer.devices=-1 takes all")
     check_parallel(config, count)
-    return make_mesh(fsdp=config.model.fsdp_parallel_size, tensor=config.model.tensor_model_parallel_size, devices=jax.devices()[:count])
+    return make_mesh(fsdp=config.model.fsdp_parallel_size, tensor=config.model.tensor_model_parallel_size, devices=devices[:count])
 
 
 def build_optimizer(config: ConfigDict, model: Model):
@@ -95,6 +96,15 @@ def abstract_state(config: ConfigDict, model: Model, optimizer, mesh: Mesh) -> d
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
     state = {name: jax.tree_util.tree_map_with_path(place, tree) for name, tree in state.items()}
     return state | {"params": params}
+
+
+def build_step(config: ConfigDict, model: Model, optimizer, mesh: Mesh):
+    """The step of training/step.py, jitted, its state donated: the very same in training, in the planner and in the tests of compiled graphs."""
+    step = make_train_step(
+        model.graphdef, optimizer, clip=config.trainer.gradient_clip_val, num_shards=batch_shards(mesh), reduction=config.model.loss_reduction,
+        accumulate_dtype=ACCUMULATE[config.model.optim.grad_accum_dtype],
+    )  # fmt: skip
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(config, mesh))
 
 
 def intervals(config: ConfigDict, train: Split) -> tuple[int, int, int]:
