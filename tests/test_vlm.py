@@ -63,12 +63,12 @@ def test_a_device_reads_its_slices(formats, monkeypatch):
 
 def test_transformers_answers_alike(formats):
     """A batch of one prompt a time through their processor and their model, in float32: the very tokens."""
+    transformers = pytest.importorskip("transformers")
     import torch
     from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(formats / "hf")
-    model = AutoModelForImageTextToText.from_pretrained(formats / "hf", attn_implementation="eager").eval()
+    processor = transformers.AutoProcessor.from_pretrained(formats / "hf")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(formats / "hf", attn_implementation="eager").eval()
     vlm = neva_jax.from_pretrained(formats / "hf", dtype="float32")
     for prompt, images in zip(PROMPTS, pictures(), strict=True):
         tags = prompt if "<image>" in prompt else "<image>\n" * len(images) + prompt
