@@ -1,10 +1,11 @@
 """Writes a `.nemo`, as a tar or as its unpacked directory, for any number of tensor and pipeline ranks.
 
-Weights come in any order, one at a time, and are gathered in files beside the output, so that memory stays small; the output appears under its name only when
-it is whole. Given up: virtual pipeline stages, and distributed checkpoints (NeMo 2.0 itself loads the plain ones written here).
+The file is laid out first, with room for its numbers, which then come in any order, one tensor at a time, and go where they belong; the output appears
+under its name only when it is whole. Given up: checksums (torch looks at none), virtual pipeline stages, and distributed checkpoints (NeMo 2.0 itself loads
+the plain ones written here).
 """
 
-import io
+import math
 import os
 import re
 import shutil
@@ -19,11 +20,10 @@ import numpy as np
 import yaml
 
 from neva_jax.convert.nemo import KEY_FORMATS, VOCABULARY, is_gated, is_glu, rank_member, split_dim, stages_of
-from neva_jax.convert.torch_file import require_torch, save_torch
+from neva_jax.convert.torch_file import require_torch, reserve_torch
 from neva_jax.errors import UserError
 
 CONFIG = "model_config.yaml"
-ALIGNMENT = 64
 PER_TENSOR = 4096  # bytes of a zip's and a tar's headers, generously
 BLOCK = 2**24
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -94,9 +94,8 @@ def write_nemo(
     }  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
-            memory = {rank: _allocate(_memory_file(work, rank), plan) for rank, plan in ranks.items()}
-            _fill(memory, layout, tensors, outline)
-            os.rename(_pack(Path(work), output.suffix == ".nemo", layout, memory, config, artifacts), output)
+            _fill(_lay_out(Path(work), output.suffix == ".nemo", layout, ranks, config, artifacts), layout, tensors, outline)
+            os.rename(Path(work) / "made", output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error}); nothing was left of it") from None
 
@@ -136,32 +135,37 @@ def plan_ranks(layout: Layout, outline: dict, dtype: str | None) -> dict[tuple[i
     return ranks
 
 
-def _size(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-
 def _check_room(output: Path, ranks: dict, artifacts: dict[str, bytes]) -> None:
-    sizes = [sum(_size(*entry) + PER_TENSOR for entry in plan.values()) for plan in ranks.values()]
-    need = sum(sizes) + max(sizes) + sum(map(len, artifacts.values())) + 2**20  # what is gathered shrinks as the output grows, rank by rank
+    sizes = [math.prod(shape) * dtype.itemsize + PER_TENSOR for plan in ranks.values() for shape, dtype in plan.values()]
+    need = sum(sizes) + sum(map(len, artifacts.values())) + 2**20
     if (free := shutil.disk_usage(output.parent).free) < need:
-        raise UserError(
-            f"{output}: needs {need / 2**30:.2f} GiB of disk while it is written, {output.parent} has {free / 2**30:.2f}; make room, or choose another disk"
-        )
+        raise UserError(f"{output}: needs {need / 2**30:.2f} GiB of disk, {output.parent} has {free / 2**30:.2f}; make room, or choose another disk")
 
 
-def _memory_file(work: str, rank: tuple[int, int]) -> Path:
-    return Path(work) / "rank_{}_{}".format(*rank)
+def _lay_out(work: Path, as_tar: bool, layout: Layout, ranks: dict, config: dict, artifacts: dict[str, bytes]) -> dict:
+    """Makes the whole output, `work`/made, but for the numbers -> {rank: {name in its file: where its numbers belong}}, arrays that are mapped to the disk.
+
+    Its blocks are taken at once: a mapped file that outgrows its disk kills the process.
+    """
+    target, memory = (_Tar if as_tar else _Folder)(work / "made"), {}
+    with target:
+        target.add(CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+        for name, content in artifacts.items():
+            target.add(name, content)
+        for (stage, rank), plan in ranks.items():
+            starts = reserve_torch(work / "weights", plan)
+            file, begin = target.move(rank_member(stage, rank, layout.pipeline, layout.tensor), work / "weights")
+            memory[stage, rank] = file, begin, {name: (start, *plan[name]) for name, start in starts.items()}
+    return {rank: _map(*entry) for rank, entry in memory.items()}
 
 
-def _allocate(file: Path, plan: dict) -> dict[str, np.ndarray]:
-    """Zeros in a file for each name. Its blocks are taken at once: a mapped file that outgrows its disk kills the process."""
-    total = max(1, sum(_size(*entry) for entry in plan.values()))
-    with open(file, "wb") as opened:
-        os.posix_fallocate(opened.fileno(), 0, total)
-    memory, arrays, start = np.memmap(file, np.uint8, "r+", shape=(total,)), {}, 0
-    for name, (shape, dtype) in plan.items():
-        arrays[name] = memory[start : start + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
-        start += _size(shape, dtype)
+def _map(file: Path, begin: int, plan: dict) -> dict[str, np.ndarray]:
+    with open(file, "r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    memory, arrays = np.memmap(file, np.uint8, "r+"), {}
+    for name, (start, shape, dtype) in plan.items():
+        start += begin
+        arrays[name] = memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     return arrays
 
 
@@ -178,22 +182,6 @@ def _fill(memory: dict, layout: Layout, tensors: Iterator[tuple[str, np.ndarray]
         raise ValueError(f"{len(expected)} tensors never came: {', '.join(sorted(expected)[:4])}")
 
 
-def _pack(work: Path, as_tar: bool, layout: Layout, memory: dict, config: dict, artifacts: dict[str, bytes]) -> Path:
-    """The whole output, under `work`. Each rank's memory goes as soon as its file is written."""
-    target = _Tar(work / "packed") if as_tar else _Folder(work / "packed")
-    with target:
-        target.add(CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-        for name, content in artifacts.items():
-            target.add(name, content)
-        for (stage, rank), arrays in memory.items():
-            file = work / "weights"
-            save_torch(file, arrays)
-            arrays.clear()
-            _memory_file(str(work), (stage, rank)).unlink()
-            target.move(rank_member(stage, rank, layout.pipeline, layout.tensor), file)
-    return work / "packed"
-
-
 class _Folder:
     def __init__(self, path: Path):
         self.path = path
@@ -208,40 +196,62 @@ class _Folder:
     def add(self, name: str, content: bytes) -> None:
         (self.path / name).write_bytes(content)
 
-    def move(self, name: str, file: Path) -> None:
+    def move(self, name: str, file: Path) -> tuple[Path, int]:
+        """-> the file in which it lies now, and the byte where it begins."""
         (self.path / name).parent.mkdir(exist_ok=True)
         os.rename(file, self.path / name)
+        return self.path / name, 0
 
 
 class _Tar:
-    """Members are called as the originals call them: "./", then the name; folders are members too."""
+    """Members are called as the originals call them: "./", then the name; folders are members too. The tarfile library would write out what is reserved."""
 
     def __init__(self, path: Path):
-        self.tar = tarfile.open(path, "w", copybufsize=BLOCK)  # noqa: SIM115 (closed by __exit__)
-        self._folder(".")
+        self.path, self.file = path, open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._begin(".", 0, tarfile.DIRTYPE)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.tar.close()
+        self.file.seek(0, os.SEEK_END)
+        end = self.file.tell() + 2 * tarfile.BLOCKSIZE
+        self.file.truncate(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE)
+        self.file.close()
 
-    def _folder(self, name: str) -> None:
+    def _begin(self, name: str, size: int, kind: bytes = tarfile.REGTYPE) -> int:
+        """Writes a member's header and reserves its blocks -> where it begins."""
         info = tarfile.TarInfo(name)
-        info.type, info.mode = tarfile.DIRTYPE, 0o755
-        self.tar.addfile(info)
-
-    def _file(self, name: str, size: int, content) -> None:
-        info = tarfile.TarInfo(f"./{name}")
-        info.size = size
-        self.tar.addfile(info, content)
+        info.size, info.type, info.mode = size, kind, 0o755 if kind == tarfile.DIRTYPE else 0o644
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(info.tobuf())
+        begin = self.file.tell()
+        self.file.truncate(begin + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        return begin
 
     def add(self, name: str, content: bytes) -> None:
-        self._file(name, len(content), io.BytesIO(content))
+        self.file.seek(self._begin(f"./{name}", len(content)))
+        self.file.write(content)
 
-    def move(self, name: str, file: Path) -> None:
+    def move(self, name: str, file: Path) -> tuple[Path, int]:
+        """-> the file in which it lies now, and the byte where it begins. Of a sparse file only what is there is copied."""
         if match := re.match(r"(.+)/", name):
-            self._folder(f"./{match[1]}")
+            self._begin(f"./{match[1]}", 0, tarfile.DIRTYPE)
+        size = file.stat().st_size
+        begin, at = self._begin(f"./{name}", size), 0
         with open(file, "rb") as content:
-            self._file(name, file.stat().st_size, content)
+            while at < size and (start := _next_data(content, at)) is not None:
+                at = os.lseek(content.fileno(), start, os.SEEK_HOLE)
+                content.seek(start)
+                self.file.seek(begin + start)
+                for offset in range(start, at, BLOCK):
+                    self.file.write(content.read(min(BLOCK, at - offset)))
         file.unlink()
+        return self.path, begin
+
+
+def _next_data(file, at: int) -> int | None:
+    try:
+        return os.lseek(file.fileno(), at, os.SEEK_DATA)
+    except OSError:  # nothing but a hole up to the end
+        return None

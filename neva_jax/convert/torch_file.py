@@ -117,10 +117,26 @@ def _check_records(file, where: str) -> None:
         raise UserError(f"{where}: is cut off or damaged ({error}); copy the file again") from None
 
 
-def save_torch(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """A state dict, as the originals save it."""
+def reserve_torch(path: Path, plan: dict[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, int]:
+    """A state dict's file with room for the numbers and none of them -> {name: the byte where its numbers belong}. plan: {name: (shape, dtype)}.
+
+    The file is sparse, and its room is zeros.
+    """
     torch = require_torch(path)
-    torch.save(OrderedDict((name, from_numpy(array)) for name, array in arrays.items()), path)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors = OrderedDict((name, torch.empty(shape, dtype=getattr(torch, dtype.name))) for name, (shape, dtype) in plan.items())
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(tensors, path)
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = {record.filename.rpartition("/data/")[2]: record.header_offset for record in archive.infolist() if "/data/" in record.filename}
+        starts = {}
+        for number, name in enumerate(plan):  # torch numbers storages as they come
+            file.seek(records[str(number)] + 26)
+            lengths = struct.unpack("<HH", file.read(4))  # of the record's name and of its padding, which end the header
+            starts[name] = records[str(number)] + 30 + sum(lengths)
+    return starts
 
 
 def to_numpy(tensor, where: str) -> np.ndarray:
@@ -131,15 +147,6 @@ def to_numpy(tensor, where: str) -> np.ndarray:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
     except (TypeError, RuntimeError) as error:  # sparse, quantized, 8-bit floats
         raise UserError(f"{where} cannot be read ({str(error).splitlines()[0][:200]}); expected a plain tensor of float32, float16 or bfloat16") from None
-
-
-def from_numpy(array: np.ndarray):
-    """The array as a torch tensor on the same memory."""
-    import torch
-
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def require_torch(path):
