@@ -21,6 +21,7 @@ import contextlib
 import json as jsonlib
 import logging
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -47,36 +48,48 @@ def main(
     if options and to != "nemo":
         raise UserError(f"--{next(iter(options))} goes with --to nemo; a directory --to {to} knows no ranks")
     export.check_output(output, dtype)
-    with terminating(), opened(input, bases=base, tokenizer=tokenizer, template=conv_template) as model:
-        log.info(f"{input}: {hub.FORMATS[model.format]}, with {', '.join(model.parts) or 'no weights'}")
-        if verify:
-            verify_base(model)
-        chosen = choose(model, to, tuple(parts))
-        state = f"nothing was left of {output}"
-        try:
+    try:
+        with interruptible() as check, opened(input, bases=base, tokenizer=tokenizer, template=conv_template) as model:
+            log.info(f"{input}: {hub.FORMATS[model.format]}, with {', '.join(model.parts) or 'no weights'}")
+            if verify:
+                verify_base(model, base)
+            chosen = choose(model, to, tuple(parts))
+            report = {"input_format": model.format, "output_format": to, "parts": chosen}
             with tqdm(unit="B", unit_scale=True, total=export.num_bytes(model.arrays(chosen)), disable=None) as bar:
                 write = {"orbax": export.to_orbax, "nemo": export.to_nemo, "hf": export.to_huggingface}[to]
-                report = write(model, output, chosen, dtype=dtype, tell=bar.update, **options)
-            report = {"input_format": model.format, "output_format": to, "parts": chosen, **report}
+                report |= write(model, output, chosen, dtype=dtype, tell=lambda count: check() or bar.update(count), **options)
             if to == "hf":
-                state, written = f"{output} is whole, but was not compared", time.perf_counter()
                 report |= roundtrip.compare(model, output, chosen)
-                report["seconds_comparing"] = round(time.perf_counter() - written, 2)
-        except KeyboardInterrupt:
-            log.error(f"interrupted: {state}")
-            raise
+    except KeyboardInterrupt:
+        log.error(f"interrupted: {f'{output} is whole, but was not compared' if output.exists() else f'nothing was left of {output}'}")
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {(error.strerror or str(error)).lower()}; check the path and its permissions") from None
     report["seconds"] = round(time.perf_counter() - start, 2)
     print(jsonlib.dumps(report) if json else describe(output, report))
 
 
 @contextlib.contextmanager
-def terminating():
-    """SIGTERM is a KeyboardInterrupt meanwhile, so that what was begun is removed."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interruptible():
+    """SIGTERM and SIGHUP are a KeyboardInterrupt too, so that what was begun is removed; -> a function that raises one again, if one was swallowed: Python
+    drops an exception of a signal that comes while a library's callback runs."""
+    seen = threading.Event()
+
+    def interrupt(*_):
+        seen.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if seen.is_set():
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield check
+        check()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,10 +103,10 @@ def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
     return PARTS if is_neva else model.parts
 
 
-def verify_base(model) -> None:
+def verify_base(model, bases: list[str]) -> None:
     if model.format != "orbax":
         raise UserError(f"--verify compares what a run of ours stands on with what it recorded, and {model.path} is no run")
-    log.info(f"{hub.verify_base(hub.run_of(model.path))} sources of frozen weights are what they were, to the last byte")
+    log.info(f"{hub.verify_base(hub.run_of(model.path), bases)} sources of frozen weights are what they were, to the last byte")
 
 
 def describe(output: Path, report: dict) -> str:

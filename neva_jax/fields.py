@@ -278,6 +278,8 @@ RULES = {  # {path: (what holds for every value but null, in words)}
     "trainer.val_check_interval": (lambda v: _number(v) and v > 0 and (_whole(v) or v <= 1), "a number of steps, or a share of an epoch such as 0.5"),
     "trainer.limit_val_batches": (lambda v: _number(v) and v >= 0 and (_whole(v) or v <= 1), "a number of global batches, or a share such as 0.5"),
     f"{CHECKPOINTS}.save_top_k": (lambda v: v >= -1, "a number of checkpoints, 0 for none or -1 for all"),
+    "model.num_layers": (lambda v: 0 < v <= 1000, "a number of layers, at most 1000"),
+    "model.override_vocab_size": (lambda v: 0 < v <= 10_000_000, "a number of tokens, at most ten million"),
     f"{VISION}.class_token_length": (lambda v: v in (0, 1), "1, or 0 for a tower without a class token"),
     "model.rotary_percentage": (lambda v: 0 < v <= 1, "a share above 0, at most 1"),
     "model.trainable": (lambda v: isinstance(v, tuple) and all(map(_row, v)), "rows (path pattern, learning-rate factor, weight decay or None)"),

@@ -70,8 +70,8 @@ def is_run(path: Path) -> bool:
     return checkpoints_of(path) is not None
 
 
-def open_run(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
-    """The trainable weights of the newest checkpoint, or of the step that is named, then what the run stands on."""
+def open_run(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, bases=()) -> list:
+    """The trainable weights of the newest checkpoint, or of the step that is named, then what the run stands on. bases: see open_base."""
     run = run_of(path)
     directory = checkpoints_of(run)
     steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True) if directory.is_dir() else []
@@ -79,26 +79,29 @@ def open_run(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> 
         steps = [int(path.name)]
     if not steps and not read_base(run).get("whole"):
         raise UserError(f"{run}: this run has no checkpoint yet")
-    return [SavedTree(directory / str(step) / "trainable", parts) for step in steps[:1]] + open_base(run, config, parts)
+    return [SavedTree(directory / str(step) / "trainable", parts) for step in steps[:1]] + open_base(run, config, parts, bases)
 
 
-def open_base(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> list:
-    """The sources that a run's base.json names; a published one must still be what it was."""
+def open_base(run: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, bases=()) -> list:
+    """The sources that a run's base.json names; a published one must still be what it was. bases: other places where it may lie now."""
     base = read_base(run)
     sources: list = [SavedTree(run / "base", parts)] if base["copied"] else []
     for entry in base["published"]:
-        if not Path(entry["directory"]).exists() or headers_digest(entry["directory"]) != entry["digest"]:
-            raise UserError(f"{run}: stands on the weights in {entry['directory']}, which are gone or have changed since; put them back")
+        places = [place for place in (entry["directory"], *bases) if Path(place).exists() and headers_digest(place) == entry["digest"]]
+        if not places:
+            elsewhere = f", and --base {', '.join(map(str, bases))} is not what they were" if bases else "; put them back, or name where they are by --base"
+            raise UserError(f"{run}: stands on the weights in {entry['directory']}, which are gone or have changed since{elsewhere}")
         if wanted := tuple(part for part in entry["parts"] if part in parts):
-            sources.append(OPENERS[format_of(entry["directory"])](Path(entry["directory"]), config, wanted))
+            sources.append(OPENERS[format_of(places[0])](Path(places[0]), config, wanted))
     return sources
 
 
-def verify_base(run: Path) -> int:
+def verify_base(run: Path, bases=()) -> int:
     """Reads every byte of the published weights that a run stands on and compares their hashes -> how many sources were compared."""
     entries = read_base(run)["published"]
     for entry in entries:
-        if full_digest(entry["directory"]) != entry["sha256"]:
+        places = [place for place in (entry["directory"], *bases) if Path(place).exists() and headers_digest(place) == entry["digest"]]
+        if not places or full_digest(places[0]) != entry["sha256"]:
             raise UserError(f"{run}: stands on the weights in {entry['directory']}, whose bytes are no longer those that it was trained on; put them back")
     return len(entries)
 
@@ -106,11 +109,11 @@ def verify_base(run: Path) -> int:
 # ---- any -----------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS) -> list:
-    """Sources for a path that `field` of the config names."""
+def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS, bases=()) -> list:
+    """Sources for a path that `field` of the config names. bases: see open_base."""
     path, kind = Path(path), format_of(path, field)
     if kind == "orbax":
-        return open_run(path, config, parts)
+        return open_run(path, config, parts, bases)
     found = OPENERS[kind](path, config, parts)
     if not found.shapes:
         raise UserError(f"{field}: {path} holds no weights of {' or '.join(parts)}; found {some(sorted(found.names)) or 'none'}")

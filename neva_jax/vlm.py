@@ -86,7 +86,8 @@ class Vlm:
         batch = self.processor(prompts, images, room=max_new_tokens)
         with jax.set_mesh(self.mesh):
             ids = np.asarray(greedy(self.graphdef, self.params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
-        return [encoder.tokenizer.decode([i for i in row if i != stop_id]).strip() for row in ids]
+        silent = {stop_id, encoder.tokenizer.bos_id, encoder.tokenizer.eos_id, encoder.tokenizer.pad_id, encoder.tokenizer.unk_id}
+        return [encoder.tokenizer.decode([i for i in row if i not in silent]).strip() for row in ids]
 
 
 def from_pretrained(

@@ -129,6 +129,71 @@ def test_a_golden_directory_of_every_kind_comes_back(tmp_path):
         assert report["tokens_equal"] is (None if name == "clip_vision" else True)
 
 
+@pytest.mark.parametrize("name", ["llama_mha_mcore_tp1.nemo", "neva_llava_mcore_tp1.nemo"])
+def test_a_nemo_of_other_ranks_is_whole(name, tmp_path):
+    """Tokenizer, vocabulary and what is known of the tower travel, straight and through our own format; no path of this machine does."""
+    convert(golden("nemo_ckpt") / name, tmp_path / "ours", "orbax")
+    for source in (golden("nemo_ckpt") / name, tmp_path / "ours"):
+        out = tmp_path / f"{source.name}-again.nemo"
+        convert(source, out, "nemo", "--tensor_parallel=2")
+        config = model_config(out)
+        assert config["tokenizer"]["library"] == "sentencepiece" and "/tmp" not in json.dumps(config["tokenizer"])
+        with tarfile.open(out) as tar:
+            member = config["tokenizer"]["model"].removeprefix("nemo:")
+            assert tar.extractfile(f"./{member}").read() == (golden("tokenizer") / "tiny160.model").read_bytes()
+    if name.startswith("neva"):
+        assert config["data"]["image_token_len"] == 16
+        report = convert(out, tmp_path / "hf", "hf", f"--base={golden('checkpoints') / 'llava'}")
+        assert report["tokens_equal"]
+
+
+def test_the_original_llava(tmp_path, capfd):
+    """Its tower lies elsewhere, under another name, or inside under a longer one; its config.json says little of it."""
+    source = golden("checkpoints") / "llava"
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    renamed = {}
+    for key, array in tensors.items():
+        key = key.replace("language_model.model.", "model.").replace("language_model.lm_head", "lm_head")
+        key = key.replace("multi_modal_projector.linear_1", "model.mm_projector.0").replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+        renamed[key.replace("vision_tower.vision_model", "model.vision_tower.vision_tower.vision_model")] = array
+    top = config["text_config"] | {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "openai/clip-vit", "mm_hidden_size": 48}
+    clip, out = tmp_path / "clip", tmp_path / "llava"
+    for folder, said, part in ((clip, config["vision_config"], lambda name: "vision" in name), (out, top, lambda name: "vision" not in name)):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(said))
+        save_file({name.split("vision_tower.vision_tower.")[-1]: a for name, a in renamed.items() if part(name)}, folder / "model.safetensors")
+    tokenizer = f"--tokenizer={golden('tokenizer') / 'tiny160.model'}"
+    assert "it lies in 'openai/clip-vit', which is not here; give --base" in refused(capfd, out, tmp_path / "hf", "hf", tokenizer)
+    convert(out, tmp_path / "hf", "hf", tokenizer, f"--base={clip}")
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    for key, array in tensors.items():
+        np.testing.assert_array_equal(found[key][: len(array)], array, err_msg=key)
+    convert(out, tmp_path / "neva.nemo", "nemo", tokenizer)
+    expected = state_dicts(golden("nemo_ckpt") / "neva_llava_mcore_tp1.nemo")["./model_weights.ckpt"]
+    found = state_dicts(tmp_path / "neva.nemo")["./model_weights.ckpt"]
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_tower_inside_a_nemo_says_its_own_sizes(tmp_path):
+    """A file of NeMo's with a trained tower, which its config describes in part."""
+    made = ours(tmp_path / "ours", **TOWER_OF_64)
+    convert(made, tmp_path / "whole.nemo", "nemo", "--parts=llm,vision_encoder,projector")
+    with tarfile.open(tmp_path / "whole.nemo") as tar, tarfile.open(tmp_path / "theirs.nemo", "w") as out:
+        for member in tar.getmembers():
+            content = tar.extractfile(member).read() if member.isfile() else b""
+            if member.name.endswith("model_config.yaml"):
+                config = yaml.safe_load(content)
+                del config["neva_jax"]
+                content = yaml.safe_dump(config).encode()
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+    convert(tmp_path / "theirs.nemo", tmp_path / "again", "orbax")
+    assert_same_weights(weights_of(tmp_path / "again"), weights_of(made), 320)
+
+
+TOWER_OF_64 = {f"model.mm_cfg.vision_encoder.{name}": value for name, value in (("hidden_size", 64), ("num_attention_heads", 1), ("num_layers", 2))}
+
+
 # ---- round trips -------------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +296,19 @@ def test_a_run_finds_what_it_stands_on(stage1, tmp_path):
     convert(stage1 / "run" / "checkpoints" / "1", tmp_path / "first", "hf")
     first = load_file(tmp_path / "first" / "model.safetensors")["multi_modal_projector.linear_1.weight"]
     assert not np.array_equal(first, found["multi_modal_projector.linear_1.weight"])
+
+
+def test_a_run_whose_base_was_moved(stage1, tmp_path, capfd):
+    for name in ("llm", "run", "tower"):
+        shutil.copytree(stage1 / name, tmp_path / name)
+    recorded = json.loads((tmp_path / "run" / "base.json").read_text())
+    for entry in recorded["published"]:
+        entry["directory"] = str(tmp_path / "gone" / Path(entry["directory"]).name)
+    (tmp_path / "run" / "base.json").write_text(json.dumps(recorded))
+    bases = [f"--base={tmp_path / name}" for name in ("llm", "tower")]
+    convert(tmp_path / "run", tmp_path / "a", "orbax", "--verify", *bases)
+    assert "name where they are by --base" in refused(capfd, tmp_path / "run", tmp_path / "b", "orbax")
+    assert "is not what they were" in refused(capfd, tmp_path / "run", tmp_path / "b", "orbax", bases[1])
 
 
 def test_a_run_whose_base_has_changed(stage1, tmp_path, capfd):
@@ -377,6 +455,14 @@ BROKEN = {  # directory, how, what the message says
     "code of its own": ("llama_mha", _config(model_type="custom", auto_map={"AutoModel": "modeling.Custom"}), "language model of type 'custom'"),
     "a projector without biases": ("llava", _config(multimodal_projector_bias=False), "multimodal_projector_bias False"),
     "features of two layers": ("llava", _config(vision_feature_layer=[-2, -1]), "vision_feature_layer"),
+    "rows that no token has": ("llama_mha", _config(vocab_size=150), r"has the shape \[160, 64\], its config.json says vocab_size 150"),
+    "a layer that is not there": ("llava", _config(vision_feature_layer=7), "vision_select_layer 7 does not exist in a tower of 3 layers"),
+    "a strategy of its own": ("llava", _config(vision_feature_select_strategy="some"), "vision_feature_select_strategy some"),
+    "a number in words": ("llama_mha", _config(vocab_size="many"), "config.json: a field is not of its usual kind|model.override_vocab_size is 'many'"),
+    "no number": ("llama_mha", _config(hidden_size=None), "config.json: a field is not of its usual kind"),
+    "no heads": ("llama_mha", _config(num_attention_heads=0), "config.json: a field is not of its usual kind"),
+    "a rope of lists": ("llama_mha", _config(rope_scaling=[1]), "config.json: a field is not of its usual kind"),
+    "too many layers": ("llama_mha", _config(num_hidden_layers=2 * 10**9), "model.num_layers is 2000000000, expected a number of layers, at most 1000"),
     "no JSON": ("llama_mha", lambda copy: (copy / "config.json").write_text("{"), "not valid JSON"),
 }  # fmt: skip
 
@@ -426,6 +512,24 @@ def test_a_disk_without_room(to, tmp_path, capfd, monkeypatch):
     """Asked before the first byte."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     assert re.search(r"needs \d\.\d\d GiB of disk", refused(capfd, golden("checkpoints") / "llama_mha", tmp_path / "out", to))
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf", "nemo"])
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_numbers_that_are_none(value, to, tmp_path, capfd):
+    path = broken("llama_mha", tmp_path, _tensors(lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), value)))
+    assert "no finite numbers" in refused(capfd, path, tmp_path / "out", to, *(["--dtype=float16"] if value == 1e30 else []))
+
+
+def test_what_ends_an_answer_is_kept(tmp_path):
+    """Llama-3-Instruct's generation_config.json names more ends than its tokenizer."""
+    path = broken("llama_mha", tmp_path, _config(eos_token_id=[2, 5]))
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    shutil.copy(golden("tokenizer") / "tiny160.model", path / "tokenizer.model")
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ messages[0].content }}"}')
+    convert(path, tmp_path / "out", "hf")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 7]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf", "nemo"])

@@ -76,7 +76,7 @@ def test_transformers_answers_alike(formats):
         inputs = processor(text=text, images=[Image.open(path).convert("RGB") for path in images] or None, return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        ids = [i for i in ids.tolist() if i != model.generation_config.eos_token_id]
+        ids = [i for i in ids.tolist() if i > 2]  # <unk>, <s>, </s>
         assert vlm.processor.encoder.tokenizer.decode(ids).strip() == vlm.generate([prompt], [images], max_new_tokens=12)[0]
 
 

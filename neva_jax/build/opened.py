@@ -14,9 +14,10 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from neva_jax.build.architecture import LLM_FROM, TOWER_FROM, VOCAB, fields_of, template_of
+from neva_jax.build.architecture import fields_of, guesses_of, template_of
 from neva_jax.build.data import build_tokenizer
 from neva_jax.build.model import neva_config
+from neva_jax.build.nemo_config import LLM_FROM, TOWER_FROM, VOCAB
 from neva_jax.build.weights import weight_paths
 from neva_jax.config import assign, check, from_json
 from neva_jax.convert.keymap import some
@@ -31,6 +32,7 @@ from neva_jax.transforms.select import Weight, describe
 log = logging.getLogger(__name__)
 
 TOKENIZER = "model.tokenizer"
+TABLES = {"llm/embed_tokens/embedding", "llm/lm_head/kernel"}
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -66,7 +68,12 @@ class Opened:
             raise UserError(f"{self.path}: {len(missing)} weights are missing ({some(missing)}); it is not of the model that its config describes")
         for source in {id(source): source for source in self.origin.values()}.values():
             source.check({path: shape for path, shape in chosen.items() if self.origin[path] is source})
-        return {path: self.origin[path].lazy(path, shape) for path, shape in chosen.items()}
+        arrays = {path: self.origin[path].lazy(path, shape) for path, shape in chosen.items()}
+        for path in TABLES & arrays.keys():
+            if (theirs := getattr(arrays[path], "tensors", None)) and theirs[0].shape[0] < self.neva.llm.vocab_size:
+                rows = f"{theirs[0].name} has the shape {list(theirs[0].shape)}, and the model {self.neva.llm.vocab_size} tokens"
+                raise UserError(f"{self.path}: {rows}; its config or its tokenizer is another model's")
+        return arrays
 
     def load(self, targets: dict) -> dict:
         """{path: jax.Array}, each born where its target (a ShapeDtypeStruct with a sharding) says."""
@@ -78,9 +85,8 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     path, scratch = Path(path), tempfile.TemporaryDirectory(prefix="neva_jax_tokenizer_")
     kind, fields = format_of(path, field), fields_of(path, field)
     named = {part: fields.pop(name) for part, name in (("llm", LLM_FROM), ("vision_encoder", TOWER_FROM)) if fields.get(name)}
-    bases = [*bases, *(place for place in named.values() if Path(place).exists() and Path(place) != path)]
-    for base in reversed(bases):
-        fields = fields_of(base, "--base") | fields if kind == "tensors" else fields
+    bases = [*map(str, bases), *(place for place in named.values() if Path(place).exists() and Path(place) != path)]
+    fields = _with_bases(path, kind, fields, bases)
     config = from_json({})
     for name in sorted(fields, key=lambda name: (name in FOLLOWERS, name)):
         if not name.startswith(f"{TOKENIZER}."):
@@ -94,11 +100,14 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
         config.model.data.conv_template = template
     check(config)
     opened_tokenizer = build_tokenizer(config) if config.model.tokenizer.model or config.model.tokenizer.type else None
+    if fields.get(VOCAB) is None and opened_tokenizer is None and "model.num_layers" in fields:
+        config.model.override_vocab_size = 1  # nothing says it, which matters where there is a language model: see below
     if opened_tokenizer is not None and config.model.override_vocab_size == opened_tokenizer.vocab_size:
         config.model.override_vocab_size = None
     shape = neva_config(config, opened_tokenizer.vocab_size if opened_tokenizer else 1)
     weights = describe(lambda: neva(shape, rngs=nnx.Rngs(0)))[1]
-    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, shape, name, parts)]
+    _ = shape.vision.num_computed_layers  # a layer that the tower does not have is an error now, not when something is written
+    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, shape, name, parts, bases)]
     origin = origins(weights, sources)
     if any(name.startswith("llm/") for name in origin) and fields.get(VOCAB) is None and opened_tokenizer is None:
         raise UserError(f"{path}: the size of its vocabulary is nowhere said, since no tokenizer is in it; give --tokenizer PATH")
@@ -107,8 +116,17 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     return Opened(path, kind, config, shape, opened_tokenizer, known, weights, origin, named, scratch)
 
 
-def _open(place: str, config: NevaConfig, name: str, parts: tuple[str, ...]) -> list:
-    return open_weights(place, config, "--input" if name == "restore_from_path" else "--base", parts)
+def _with_bases(path: Path, kind: str, fields: dict, bases: list[str]) -> dict:
+    """What the bases say of what the path says nothing of: of all, for a projector alone, else of the tower."""
+    found = guesses_of(path)
+    for base in reversed(bases):
+        theirs = fields_of(base, "--base")
+        found |= theirs if kind == "tensors" else {name: value for name, value in theirs.items() if name.startswith(f"{VISION}.") and _holds(base, TOWER_FROM)}
+    return found | fields
+
+
+def _open(place: str, config: NevaConfig, name: str, parts: tuple[str, ...], bases: list[str]) -> list:
+    return open_weights(place, config, "--input" if name == "restore_from_path" else "--base", parts, bases)
 
 
 def _attach(config: ConfigDict, bases) -> None:
@@ -161,8 +179,9 @@ def _from_nemo(config: ConfigDict, file: NemoFile, scratch: Path) -> None:
     for name in ("model", "tokenizer_model", "vocab_file", "merge_file"):
         content = file.artifact(saved.get(name))
         if content is not None and not config.model.tokenizer.get(target := name.removeprefix("tokenizer_")):
-            (scratch / target).write_bytes(content)
-            assign(config, f"{TOKENIZER}.{target}", str(scratch / target))
+            file_name = {"model": "tokenizer.model", "vocab_file": "vocab.json", "merge_file": "merges.txt"}[target]
+            (scratch / file_name).write_bytes(content)
+            assign(config, f"{TOKENIZER}.{target}", str(scratch / file_name))
     t = config.model.tokenizer
     if t.library == "huggingface" and t["type"] and not Path(t["type"]).is_dir():
         log.warning("%s: its tokenizer is Hugging Face's %r, which is no directory here; give --tokenizer PATH if it is needed", file.path, t["type"])

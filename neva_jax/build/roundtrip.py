@@ -3,6 +3,7 @@
 Both run a layer at a time in float32, so that a model larger than memory is proven too. Given up: a tower alone, which says nothing.
 """
 
+import time
 from pathlib import Path
 
 import jax
@@ -29,7 +30,9 @@ def probe(config: NevaConfig, *, text_only: bool) -> dict[str, np.ndarray]:
 
 
 def compare(before: Opened, output: Path, parts: tuple[str, ...]) -> dict:
-    """-> max_logit_difference, and tokens_equal: whether the likeliest next token is the same at every position. Nulls where no text comes out."""
+    """-> max_logit_difference, tokens_equal (whether the likeliest next token is the same at every position) and seconds_comparing. Nulls where no text
+    comes out."""
+    start = time.perf_counter()
     if "llm" not in parts:
         return {"max_logit_difference": None, "tokens_equal": None}
     text_only = "vision_encoder" not in parts
@@ -37,4 +40,5 @@ def compare(before: Opened, output: Path, parts: tuple[str, ...]) -> dict:
     with opened(output, field="--output") as after, jax.default_matmul_precision("highest"):
         ours, theirs = (logits(model.neva, model.arrays(parts), batch, text_only=text_only) for model in (before, after))
     known = theirs[..., : ours.shape[-1]]  # rows for new tokens come behind
-    return {"max_logit_difference": float(np.max(np.abs(ours - known))), "tokens_equal": bool((ours.argmax(-1) == theirs.argmax(-1)).all())}
+    same = bool((ours.argmax(-1) == theirs.argmax(-1)).all())
+    return {"max_logit_difference": float(np.max(np.abs(ours - known))), "tokens_equal": same, "seconds_comparing": round(time.perf_counter() - start, 2)}

@@ -64,4 +64,8 @@ def read_base(run: Path) -> dict:
     path = Path(run) / "base.json"
     if not path.exists():
         raise UserError(f"{run}: has checkpoints but no base.json, which names its frozen weights; it is not a whole run")
-    return json.loads(path.read_text())
+    try:
+        base = json.loads(path.read_text())
+        return base | {"copied": list(base["copied"]), "published": [dict(entry) for entry in base["published"]]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: does not say what the run stands on ({type(error).__name__}: {error}); copy it again") from None

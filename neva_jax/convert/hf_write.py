@@ -17,6 +17,7 @@ import numpy as np
 
 from neva_jax.convert import hf
 from neva_jax.convert.keymap import KeyMap, some
+from neva_jax.convert.weights import all_finite
 from neva_jax.errors import UserError
 from neva_jax.models.clip import ClipVisionConfig
 from neva_jax.models.multimodal import NevaConfig
@@ -148,8 +149,8 @@ def _tensors(keys: KeyMap, arrays: dict, outline: dict, config: NevaConfig) -> I
             array = np.concatenate([array, np.broadcast_to(mean, (new, len(mean)))])
         with np.errstate(over="ignore"):
             written = array.astype(dtype, copy=False)
-        if not np.isfinite(written).all():
-            cause = "take a checkpoint from before it went wrong" if not np.isfinite(array).all() else f"{dtype} cannot hold its numbers; choose bfloat16"
+        if not all_finite(written):
+            cause = "take a checkpoint from before it went wrong" if not all_finite(array) else f"{dtype} cannot hold its numbers; choose bfloat16"
             raise UserError(f"{name} holds values that are not finite numbers; {cause}")
         yield name, written
 

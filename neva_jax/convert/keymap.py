@@ -36,7 +36,13 @@ def patch_conv(patch_size: int) -> Op:
 
 def pad_rows(rows: int, padded: int) -> Op:
     """A table of `rows` rows <-> one of `padded` rows, with zeros below; further rows of theirs (their own padding) are cut."""
-    return Op(lambda x: np.pad(x[:padded], [(0, max(0, padded - len(x)))] + [(0, 0)] * (x.ndim - 1)), lambda x: x[:rows])
+
+    def pad(x):
+        if len(x) >= padded:
+            return x[:padded]
+        return blank((padded, *x.shape[1:])) if is_blank(x) else np.pad(x, [(0, padded - len(x))] + [(0, 0)] * (x.ndim - 1))
+
+    return Op(pad, lambda x: x[:rows])
 
 
 def chain(first: Op, second: Op) -> Op:
@@ -200,6 +206,10 @@ class LazyArray:
 def blank(shape: tuple[int, ...]) -> np.ndarray:
     """An array of one byte, whatever its shape: operations run on it to learn shapes."""
     return np.broadcast_to(np.False_, shape)
+
+
+def is_blank(array: np.ndarray) -> bool:
+    return array.dtype == bool and not any(array.strides)
 
 
 def shapes_of(rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]] | None:

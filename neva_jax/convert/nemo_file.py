@@ -1,11 +1,12 @@
 """A `.nemo` file or its unpacked directory: model_config.yaml, artifacts, and the weights of all tensor and pipeline ranks as one set of lazy tensors.
 
-Members are read by their exact names; links, devices, duplicates and names that leave the archive are refused, and nothing is unpickled but tensors. Weights
-inside a tar are copied to scratch files first (checked for room), since torch can map only whole files. Given up: virtual pipeline stages, megatron_legacy,
-NeMo 2's directories.
+Members are read by their exact names; links, devices, duplicates and names that leave the archive are refused, and nothing is unpickled but tensors.
+Weights of ranks are mapped where they lie in the tar; of a gzipped file, and of a distributed checkpoint, a copy is (checked for room). Given up: virtual
+pipeline stages, megatron_legacy, NeMo 2's directories.
 """
 
 import contextlib
+import io
 import re
 import shutil
 import tarfile
@@ -20,7 +21,7 @@ import yaml
 from neva_jax.convert.keymap import DUPLICATE, some
 from neva_jax.convert.nemo import LAYER, VOCABULARY, WEIGHTS, canonical, is_gated, is_glu, shift_layer, split_dim
 from neva_jax.convert.nemo_dist import DistTensor, open_dist
-from neva_jax.convert.torch_file import TorchTensor, load_torch
+from neva_jax.convert.torch_file import MappedTensor, TorchTensor, load_torch
 from neva_jax.errors import UserError
 
 CONFIG, DIST = "model_config.yaml", "model_weights/"
@@ -34,7 +35,7 @@ BLOCK = 2**24
 class Merged:
     """One tensor of all tensor ranks. dim: what they share, None: whole on every rank. glu: each rank holds its gate rows, then its up rows."""
 
-    parts: tuple[TorchTensor, ...]
+    parts: tuple[MappedTensor | TorchTensor, ...]
     dim: int | None
     glu: bool = False
 
@@ -122,12 +123,18 @@ class NemoFile:
             raise UserError(f"{self.path}: the weights of tensor rank {rank}, pipeline rank {stage} are missing of {grid[1]} x {grid[0]}; copy the file again")
         return found
 
-    def tensors(self, scratch: Path) -> dict[str, Merged | DistTensor]:
-        """{canonical name: tensor}, of all ranks. scratch: an empty directory for what lies in a tar; it must outlive the tensors."""
+    @property
+    def is_mapped(self) -> bool:
+        """Whether tensors are read where they lie, which a gzipped file and a distributed checkpoint inside a tar do not allow."""
+        return self._tar is None or (isinstance(self._tar.fileobj, io.BufferedReader) and not any(map(self._is_dist, self.members)))
+
+    def tensors(self, scratch: Path, verify: bool = True) -> dict[str, Merged | DistTensor]:
+        """{canonical name: tensor}, of all ranks. scratch: an empty directory for what cannot be mapped; it must outlive the tensors. verify: compare the
+        checksums of the ranks' files, which reads them once."""
         if self.config.get("megatron_legacy"):
             raise UserError(f"{self.path}: megatron_legacy True orders its queries, keys and values in another way, which this version does not read")
         found: dict[str, Merged | DistTensor] = {}
-        for name, tensor in self._dist_tensors(scratch) if any(map(self._is_dist, self.members)) else self._rank_tensors(scratch):
+        for name, tensor in self._dist_tensors(scratch) if any(map(self._is_dist, self.members)) else self._rank_tensors(scratch, verify):
             if name in found:
                 name = f"{found[name].name}{DUPLICATE}{tensor.name})"
             found[name] = tensor
@@ -144,15 +151,21 @@ class NemoFile:
             if known := canonical(theirs):
                 yield known, tensor
 
-    def _rank_tensors(self, scratch: Path) -> Iterator[tuple[str, Merged]]:
+    def _load(self, member: str, root: Path, verify: bool) -> dict:
+        where = f"{self.path}: {member}"
+        if self._tar is None or not self.is_mapped:
+            return load_torch(root / member, where, verify=verify)
+        return load_torch(self.path, where, begin=self._found[member].offset_data, size=self.members[member], verify=verify)
+
+    def _rank_tensors(self, scratch: Path, verify: bool) -> Iterator[tuple[str, Merged]]:
         ranks, gated = self.ranks(), is_gated(self.config)
-        root = self.path if self._tar is None else self._extract(list(ranks.values()), scratch)
+        root = self.path if self.is_mapped else self._extract(list(ranks.values()), scratch)
         depth = 1 + max(stage for stage, _ in ranks)
         tied = self.config.get("share_embeddings_and_output_weights", True)
         copied = VOCABULARY[1] if tied and depth > 1 else None  # the last stage's copy of the table
         layers = 0
         for stage in range(depth):
-            files = [load_torch(root / member, f"{self.path}: {member}") for (at, _), member in sorted(ranks.items()) if at == stage]
+            files = [self._load(member, root, verify) for (at, _), member in sorted(ranks.items()) if at == stage]
             names = {theirs: known for theirs in files[0] if (known := canonical(theirs)) and known != copied}
             self._check_ranks(files)
             numbers = [int(match[2]) for known in names.values() if (match := LAYER.match(known))]

@@ -161,7 +161,8 @@ def _lay_out(work: Path, as_tar: bool, layout: Layout, ranks: dict, config: dict
 
 def _map(file: Path, begin: int, plan: dict) -> dict[str, np.ndarray]:
     with open(file, "r+b") as opened:
-        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     memory, arrays = np.memmap(file, np.uint8, "r+"), {}
     for name, (start, shape, dtype) in plan.items():
         start += begin

@@ -9,9 +9,11 @@ from pathlib import Path
 import jax
 
 from neva_jax.convert import hf, nemo
+from neva_jax.convert.hf_write import TABLES
 from neva_jax.convert.keymap import KeyMap, LazyArray
 from neva_jax.convert.nemo_file import NemoFile
 from neva_jax.convert.weights import full_digest, headers_digest
+from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
 from neva_jax.parallel.sharding import place
 
@@ -55,6 +57,7 @@ class Source:
 def huggingface(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> Source:
     """A Hugging Face directory, or a file of weights under its names, such as LLaVA's mm_projector.bin."""
     tensors = hf.open_tensors(path)
+    _check_tables(path, tensors)
     if config.llm and config.llm.tied:
         tensors.pop("llm.lm_head.weight", None)  # some files repeat the table; transformers reads past it as well
 
@@ -63,6 +66,15 @@ def huggingface(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) 
         return part if part in PARTS else None
 
     return Source(path, tensors, hf.key_map(config, tensors), parts, part_of)
+
+
+def _check_tables(path: Path, tensors: dict) -> None:
+    """The vocabulary may grow or shrink on its way into a run, so its rows are compared with the directory's own config."""
+    text = hf.read_config(path)["text"] if (Path(path) / "config.json").is_file() else None
+    rows = text and hf.text_fields(text)["vocab_size"]
+    for name in TABLES:
+        if text and name in tensors and tensors[name].shape[0] != rows:
+            raise UserError(f"{path}: {tensors[name].name} has the shape {list(tensors[name].shape)}, its config.json says vocab_size {rows}; copy both again")
 
 
 def nemo_file(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> Source:

@@ -281,5 +281,7 @@ def test_what_is_no_file(tmp_path):
 def test_too_little_scratch_space(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    refused(pack(tmp_path / "a.nemo", MEMBERS), tmp_path, "its weights need 0.0 GiB of scratch space in .*, which has 0.0; set TMPDIR")
+    refused(pack(tmp_path / "a.nemo", MEMBERS, mode="w:gz"), tmp_path, "its weights need 0.0 GiB of scratch space in .*, which has 0.0; set TMPDIR")
     assert not any((tmp_path / "refused").iterdir())
+    assert tensors(pack(tmp_path / "b.nemo", MEMBERS), tmp_path), "what is not packed is read where it lies"
+    assert not any((tmp_path / "scratch").iterdir())
