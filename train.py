@@ -24,9 +24,10 @@ from neva_jax.errors import UserError
 from neva_jax.evaluation import show
 from neva_jax.inference.generate import greedy
 from neva_jax.parallel.devices import peak_flops
+from neva_jax.parallel.distributed import joined
 from neva_jax.parallel.sharding import batch_sharding
 from neva_jax.training.metrics import Clock, Metrics, Work
-from neva_jax.training.step import init_state, make_eval_step
+from neva_jax.training.step import make_eval_step
 from neva_jax.training.stop import StopRequest
 from neva_jax.training.watch import Watch
 
@@ -34,9 +35,15 @@ log = logging.getLogger(__name__)
 
 
 def main(config) -> dict[str, float]:
-    """Runs a config to its end, or to a stop request -> the last metrics; exits with 128 + the signal's number after one."""
-    with contextlib.closing(StopRequest()) as stop:
-        return story(config, stop)
+    """Runs a config to its end, or to a stop request -> the last metrics; exits with 128 + the signal's number after one.
+
+    As one of several processes that a launcher started (launch/), all calling this, it runs the same config together with the others.
+    """
+    with joined(), contextlib.closing(StopRequest()) as stop:
+        report = story(config, stop)
+    if stop.agreed:
+        raise SystemExit(128 + stop.agreed)
+    return report
 
 
 def story(config, stop: StopRequest) -> dict[str, float]:
@@ -69,28 +76,30 @@ def story(config, stop: StopRequest) -> dict[str, float]:
         if meta.get("data", train.fingerprint()) != train.fingerprint():
             log.warning("the data, or what decides its order, has changed since the checkpoint: the order goes on from here, but not where it was")
         state = checkpoints.restore(first_step, abstract_state)
-        frozen = hub.load_base(run, {path: model.target(path) for path in model.weights if path not in model.rows}, model.config)
+        frozen = hub.load_base(run, {path: model.loaded(path) for path in model.weights if path not in model.rows}, model.config, model.stores)
         log.info(f"resumed at global_step={first_step}, consumed_samples={first_step * size}")
     else:
         first_step = 0
         params, frozen, origin = start_weights(config, model)
         record_base(run, frozen, origin)
+        frozen = model.stored(frozen)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
-        state = jax.jit(functools.partial(init_state, optimizer=optimizer), out_shardings=shardings)(params)
+        state = jax.jit(build_run.first_state(model, optimizer), out_shardings=shardings, donate_argnums=0)(params)
         del params, origin
+    state, frozen = model.pipeline.live((state, frozen))
     if first_process:
         (run / "config.json").write_text(json.dumps(to_json(config), indent=1))
         save_processor(config, run)
 
     # ---- the step ----------------------------------------------------------------------------------------------------------------------------------
     train_step = build_run.build_step(config, model, optimizer, mesh)
-    eval_step = jax.jit(make_eval_step(model.graphdef))
+    eval_step = jax.jit(make_eval_step(model.graphdef, model.pipeline), compiler_options=build_run.compiler_options(config, mesh))
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
 
     def validate() -> dict[str, float]:
         batches = validation.batches(0, build_data.num_validation_batches(config, validation))
-        sums = [eval_step(state["params"], frozen, jax.tree.map(put, batch)) for batch in batches]
+        sums = [eval_step(state["params"] | state["scales"], frozen, jax.tree.map(put, batch)) for batch in batches]
         total, count = np.sum(jax.device_get(sums), axis=0)
         clock.start(step)  # the time of a validation is not a step's
         return {"val_loss": float(total / max(count, 1))}
@@ -106,7 +115,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
         clock.add(work)
         if step % log_interval and extra is None:
             return {}
-        rates = clock.rates(step, len(mesh.local_devices), peak)
+        rates = clock.rates(step, mesh.size, peak)
         report = {**watch.values, "lr": lr, "consumed_samples": step * size, **rates, **(extra() if extra else {})}
         metrics.write(step, report)
         return report
@@ -121,7 +130,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
             step += 1
             if previous is not None:
                 finish(*previous)
-            previous = step, values, lr, Work.of(batch, build_model.batch_flops(model, batch))
+            previous = step, values, lr, Work.of(batch, build_model.batch_flops(model, batch), train.rows.share)
             validating = step % validation_interval == 0 or step == max_steps
             if validating or watch.stopping or (save_interval and step % save_interval == 0):
                 report = finish(*previous, extra=validate if validating and validation is not None else dict)
@@ -129,17 +138,18 @@ def story(config, stop: StopRequest) -> dict[str, float]:
                 if save_interval:
                     meta = {"global_step": step, "consumed_samples": step * size, "global_batch_size": size, "data": train.fingerprint()}
                     meta["architecture"] = architecture(config)
-                    checkpoints.save(step, state, meta, report)
+                    checkpoints.save(step, model.pipeline.rest(state), meta, report)
             metrics.advance()
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------------------
-    if stop.signal is not None and step < max_steps:
+    if watch.stopping and step < max_steps:
         saved = "saved; the same command continues" if save_interval else "not saved, since exp_manager.create_checkpoint_callback is False"
-        log.info(f"stopped by signal {stop.signal} at global_step={step}, {saved}")
-        raise SystemExit(128 + stop.signal)
+        log.info(f"stopped by signal {watch.stopping} at global_step={step}, {saved}")
+        stop.agreed = watch.stopping
+        return report
     if config.evaluation.questions:
         examples = build_data.build_examples(config, tokenizer, model.config, config.evaluation.questions)
-        generate = functools.partial(greedy, model.graphdef, state["params"] | frozen)
+        generate = functools.partial(greedy, model.graphdef, state["params"] | state["scales"] | frozen)
         report |= show.evaluate(run if first_process else None, generate, examples, batch_size=config.evaluation.batch_size)
     return report
 

@@ -39,6 +39,7 @@ def link(config: ConfigDict) -> ConfigDict:
     model = config.model
     model.precision = config.trainer.get_oneway_ref("precision")
     model.max_position_embeddings = model.get_oneway_ref("encoder_seq_length")
+    model.fp8_frozen_weights = model.get_oneway_ref("fp8")
     model.data.conv_template = model.mm_cfg.llm.get_oneway_ref("model_type")
     model.data.micro_batch_size = model.get_oneway_ref("micro_batch_size")
     model.data.global_batch_size = model.get_oneway_ref("global_batch_size")
@@ -167,13 +168,13 @@ def parallelism() -> dict:
         "global_batch_size": 128,  # records an optimizer step; a multiple of micro_batch_size x data parallel size
         "rampup_batch_size": null(tuple),
         "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": null(int),
+        "pipeline_model_parallel_size": 1,  # stages: devices that share the layers out, and pass micro-batches on
+        "virtual_pipeline_model_parallel_size": null(int),  # stages a device; more make less idle time and more traffic
         "context_parallel_size": 1,
         "expert_model_parallel_size": 1,
         "sequence_parallel": False,  # with tensor parallelism: norms and residuals are split over the sequence
         "fsdp_parallel_size": 1,  # ours: weights, gradients and optimizer state are split over so many of the data parallel devices
-        "pipeline_round_size": null(int),  # ours
+        "pipeline_round_size": null(int),  # ours: micro-batches a pipelined gradient; null: 4 x stages, or the most below that divides what there is
         "fsdp": False,
         "fsdp_sharding_strategy": "full",
         "fsdp_grad_reduce_dtype": "fp32",
@@ -272,11 +273,13 @@ def architecture() -> dict:
 
 def recomputation() -> dict:
     return {
-        "activations_checkpoint_granularity": null(str),  # selective: attention's core; full: whole layers
-        "activations_checkpoint_method": null(str),  # full: uniform (groups of num_layers) or block (the first num_layers)
+        # What the backward pass computes again. null: nothing that takes a GEMM; selective: attention's core; full: whole layers, where memory is short.
+        "activations_checkpoint_granularity": null(str),
+        # Of full: uniform (groups of num_layers; 1 is best) or block (the first num_layers; where the language model trains, parts of its stack are copied).
+        "activations_checkpoint_method": null(str),
         "activations_checkpoint_num_layers": null(int),  # null: 1
         "num_micro_batches_with_partial_activation_checkpoints": null(int),
-        "activations_checkpoint_layers_per_pipeline": null(int),
+        "activations_checkpoint_layers_per_pipeline": null(int),  # only null
     }
 
 
@@ -323,16 +326,16 @@ def precision() -> dict:
         "native_amp_growth_interval": 1000,
         "hysteresis": 2,
         "fp16_lm_cross_entropy": False,
-        "fp8": False,
-        "fp8_e4m3": False,
-        "fp8_hybrid": False,
-        "fp8_margin": 0,
+        "fp8": False,  # the GEMMs of the language model's layers in float8: e4m3 forward, e5m2 gradients
+        "fp8_e4m3": False,  # gradients in e4m3 too
+        "fp8_hybrid": False,  # what fp8 means without fp8_e4m3
+        "fp8_margin": 0,  # powers of two left free above the largest number seen
         "fp8_interval": 1,
-        "fp8_amax_history_len": 1,
-        "fp8_amax_compute_algo": "most_recent",
+        "fp8_amax_history_len": 1,  # steps that an amax is remembered
+        "fp8_amax_compute_algo": "most_recent",  # which of them a scale follows: most_recent, max
         "reduce_amax": True,
-        "fp8_frozen_weights": False,  # ours
-        "fp8_scaling": "delayed",  # ours
+        "fp8_frozen_weights": False,  # ours, follows fp8: frozen weights are stored in e4m3, half the memory; False: quantised every step
+        "fp8_scaling": "delayed",  # ours: scales follow past steps (delayed), or each tensor's own amax (current)
     }
 
 
@@ -415,7 +418,7 @@ def optim() -> dict:
         "weight_decay": 0.0,
         "betas": (0.9, 0.95),
         "eps": 1e-8,
-        "grad_accum_dtype": "fp32",  # ours: fp32, bf16
+        "grad_accum_dtype": "fp32",  # ours: fp32 sums are added to in place; beside bf16 sums the gradients of a micro-batch stand, in fp32
         "bucket_cap_mb": null(float),
         "overlap_grad_sync": null(bool),
         "overlap_param_sync": null(bool),

@@ -20,6 +20,7 @@ def get_config(size: str = "llama2_7b"):
     model.mm_cfg.llm.freeze = True
     model.data.conv_template = "plain"
     model.micro_batch_size, model.global_batch_size = 16, 128
+    model.activations_checkpoint_granularity = "selective"  # attention twice: under 1 % of a short row's time, 6 % of the memory
     model.optim.update({"name": "fused_adam", "lr": 2e-3, "weight_decay": 0.0, "betas": (0.9, 0.95)})
     model.optim.sched.update({"name": "CosineAnnealing", "warmup_steps": 140, "constant_steps": 0, "min_lr": 2e-5})
     config.trainer.max_steps = 4650

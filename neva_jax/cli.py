@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from neva_jax.config import assign, check, from_json, schema, sections, suggest
 from neva_jax.errors import UserError
+from neva_jax.parallel.xla_flags import filter_environment
 
 OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<path>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 
@@ -32,6 +33,7 @@ def run(main: Callable, define_flags: Callable | None = None, argv: list[str] | 
     Exit codes: main's own, 2 after a UserError, 130 after control-C; any other exception is a defect of ours and keeps its traceback.
     """
     log_to_stderr()
+    filter_environment()
     try:
         code = main(**parse(sys.argv if argv is None else argv, define_flags, with_config=with_config, about=getattr(main, "__globals__", {}).get("__doc__")))
     except UserError as error:

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from configs import base
 from neva_jax.data.conversation import TEMPLATES
 from neva_jax.errors import UserError
-from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, traps
+from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, idle, traps
+from neva_jax.mesh_sizes import check_devices, check_shape
 
 log = logging.getLogger(__name__)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a sequence, such as '(1, 2)'", object: "a value"}
@@ -156,13 +157,15 @@ def check(config: ConfigDict) -> None:
         raise UserError(refused[0] if len(refused) == 1 else f"{len(refused)} fields cannot be done: {'; '.join(numbered)}")
     get, different = leaves(config), changed(config)
     _check_llm(get)
+    check_shape(get)
     _check_together(get)
     if get["trainer.devices"] not in (-1, "auto"):
         check_parallel(config, get["trainer.devices"] * get["trainer.num_nodes"])
     for sentence in traps(get):
         log.warning(sentence)
-    for path in sorted(different.keys() & INERT.keys()):
-        log.warning("%s is %r, which does nothing here: %s", path, different[path], INERT[path])
+    inert = INERT | idle(get)
+    for path in sorted(different.keys() & inert.keys()):
+        log.warning("%s is %r, which does nothing here: %s", path, different[path], inert[path])
 
 
 def refusals(config: ConfigDict) -> dict[str, str]:
@@ -192,7 +195,7 @@ def _check_fields(config: ConfigDict) -> None:
 
 
 def _check_llm(get: dict) -> None:
-    heads, hidden, tensor = get["model.num_attention_heads"], get["model.hidden_size"], get["model.tensor_model_parallel_size"]
+    heads, hidden = get["model.num_attention_heads"], get["model.hidden_size"]
     groups, width = get["model.num_query_groups"] or heads, get["model.kv_channels"]
     if heads % groups:
         raise UserError(f"model.num_query_groups is {groups}, which does not divide model.num_attention_heads {heads}")
@@ -201,9 +204,6 @@ def _check_llm(get: dict) -> None:
     rotated = int((width or hidden // heads) * get["model.rotary_percentage"])
     if rotated < 2 or rotated % 2:
         raise UserError(f"model.rotary_percentage {get['model.rotary_percentage']} rotates {rotated} dimensions of a head, expected an even number")
-    for path in ("model.num_attention_heads", "model.ffn_hidden_size"):
-        if get[path] % tensor:
-            raise UserError(f"model.tensor_model_parallel_size is {tensor}, which does not divide {path} {get[path]}")
 
 
 def _check_together(get: dict) -> None:
@@ -213,6 +213,10 @@ def _check_together(get: dict) -> None:
         raise UserError("trainer.max_steps and trainer.max_epochs are both -1, so that training would never end; set one of them")
     if get["trainer.max_steps"] < 0 and get[f"{SCHED}.max_steps"] is None:
         raise UserError(f"trainer.max_steps is -1, so that the learning-rate schedule has no length; set {SCHED}.max_steps")
+    if get["model.fp8_e4m3"] and get["model.fp8_hybrid"]:
+        raise UserError("model.fp8_e4m3 and model.fp8_hybrid are both True; hybrid has e5m2 gradients, e4m3 has e4m3 gradients: set one of them")
+    if get["model.fp8_frozen_weights"] and not get["model.fp8"]:
+        raise UserError("model.fp8_frozen_weights is True and model.fp8 False: weights in e4m3 are for FP8 GEMMs; set model.fp8 to True")
     if get["model.activations_checkpoint_granularity"] == "full" and get["model.activations_checkpoint_method"] is None:
         raise UserError("model.activations_checkpoint_granularity full needs model.activations_checkpoint_method uniform or block")
     for name in ("warmup", "constant", "hold"):
@@ -225,27 +229,7 @@ def _check_together(get: dict) -> None:
 
 def check_parallel(config: ConfigDict, num_devices: int) -> int:
     """The data parallel size (data x fsdp) on so many devices, after checking that the mesh and the batch sizes fit it."""
-    model = config.model
-    tensor, fsdp, micro, batch = model.tensor_model_parallel_size, model.fsdp_parallel_size, model.micro_batch_size, model.global_batch_size
-    shards, rest = divmod(num_devices, tensor * model.pipeline_model_parallel_size)
-    if rest or shards == 0:
-        raise UserError(f"model.tensor_model_parallel_size is {tensor}, which does not divide the {num_devices} devices (trainer.devices x trainer.num_nodes)")
-    if shards % fsdp:
-        fit = [n for n in range(1, shards + 1) if shards % n == 0]
-        raise UserError(f"model.fsdp_parallel_size is {fsdp}, which does not divide the data parallel size {shards}; {_listed(fit)} would do")
-    if batch % (micro * shards):
-        step = micro * shards
-        advice = f"model.global_batch_size {_listed([n for n in (batch // step * step, (batch // step + 1) * step) if n])} would do"
-        fit = [n for n in range(1, batch // shards + 1) if batch % (n * shards) == 0]
-        advice += f", or model.micro_batch_size {_listed(fit)}" if fit else ""
-        sizes = f"model.micro_batch_size {micro} x data parallel size {shards} ({num_devices} devices / tensor parallel size {tensor})"
-        raise UserError(f"model.global_batch_size is {batch}, which is not a multiple of {sizes}; {advice}")
-    return shards
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = list(map(str, numbers if len(numbers) <= 8 else [*numbers[:7], numbers[-1]]))
-    return " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    return check_devices(leaves(config), num_devices)
 
 
 # ---- comparing and saving ----------------------------------------------------------------------------------------------------------------------------

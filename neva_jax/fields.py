@@ -25,6 +25,7 @@ VISION_SHAPE = paths(
     "patch_dim crop_size hidden_size vision_select_layer vision_select_feature num_layers num_attention_heads ffn_hidden_size layernorm_epsilon hidden_act "
     "model_type class_token_length",
 )
+FP8 = paths("model", "fp8 fp8_e4m3 fp8_hybrid fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_frozen_weights fp8_scaling")
 ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what they mean: another value cannot resume a run
 
 HONOURED = (
@@ -36,9 +37,11 @@ HONOURED = (
     | paths("exp_manager", "resume_if_exists resume_ignore_no_checkpoint")
     | paths(CHECKPOINTS, "dirpath monitor mode save_top_k save_last every_n_train_steps")
     | paths("model", "precision micro_batch_size global_batch_size tensor_model_parallel_size fsdp_parallel_size sequence_parallel loss_reduction trainable")
+    | paths("model", "pipeline_model_parallel_size virtual_pipeline_model_parallel_size pipeline_round_size")
     | paths("model", "restore_from_path seed encoder_seq_length no_seqlen_plus_one_input_tokens init_method_std use_scaled_init_method")
     | paths("model", "do_layer_norm_weight_decay fp32_residual_connection use_flash_attention activations_checkpoint_granularity")
     | paths("model", "activations_checkpoint_method activations_checkpoint_num_layers")
+    | FP8
     | paths("model.mm_cfg", "llm.from_pretrained llm.freeze llm.model_type pretrain_mm_mlp_adapter allow_random_frozen")
     | paths(VISION, "from_pretrained freeze")
     | paths("model.tokenizer", "library type model vocab_file merge_file sentencepiece_legacy additional_special_tokens")
@@ -82,7 +85,6 @@ INERT_GROUPS = (  # (section, names, reason)
     (CHECKPOINTS, "save_nemo_on_train_end", "writing .nemo files is not in this version"),
     (CHECKPOINTS, "model_parallel_size", "checkpoints do not depend on the mesh"),
     (CHECKPOINTS, "verbose async_save", "checkpoints are always announced, and always written in the background"),
-    ("model", "pipeline_round_size", "read only with pipeline_model_parallel_size"),
     ("model", "fsdp_sharding_strategy fsdp_grad_reduce_dtype fsdp_sharded_checkpoint fsdp_use_orig_params", "belongs to PyTorch; see fsdp_parallel_size"),
     ("model", "mcore_gpt transformer_engine", "chooses a PyTorch implementation; names in .nemo files are recognised"),
     ("model", "pre_process post_process", "NeMo sets it by pipeline stage"),
@@ -101,7 +103,6 @@ INERT_GROUPS = (  # (section, names, reason)
     ("model", "num_micro_batches_with_partial_activation_checkpoints", "NeVA never read it"),
     ("model", "megatron_amp_O2", "masters of what trains are fp32 and frozen weights are stored in the compute dtype either way"),
     ("model", "native_amp_init_scale native_amp_growth_interval hysteresis", "read only with precision 16"),
-    ("model", "fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo reduce_amax fp8_frozen_weights fp8_scaling", "read only with fp8"),
     ("model.mm_cfg.lita", "lita_video_arch visual_token_format sample_frames", "read only with use_lita"),
     ("model.tokenizer", "delimiter", "read only by tabular tokenizers"),
     ("model.data", "micro_batch_size global_batch_size", "model.micro_batch_size and model.global_batch_size are read instead"),
@@ -139,7 +140,7 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     (CHECKPOINTS, "train_time_interval", "checkpoints are counted in steps; set every_n_train_steps"),
     (CHECKPOINTS, "save_best_model", "the best checkpoints are kept by save_top_k"),
     (CHECKPOINTS, "always_save_nemo", "writing .nemo files is not in this version"),
-    ("model", "rampup_batch_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size", LATER),
+    ("model", "rampup_batch_size context_parallel_size expert_model_parallel_size", LATER),
     ("model", "fsdp", "sharding of weights and optimizer state is set by model.fsdp_parallel_size"),
     ("model", "num_moe_experts moe_router_topk moe_aux_loss_coeff moe_grouped_gemm moe_token_dispatcher_type", "models with experts are not in this version"),
     ("model", "position_embedding_type", "positions are rotary"),
@@ -148,8 +149,9 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     ("model", "window_size", "attention sees the whole record; where model.encoder_seq_length is within the window, that is the same"),
     ("model", "rotary_interleaved", "rotation uses the two halves of a head, as Hugging Face's Llama does"),
     ("model", "fp16_lm_cross_entropy", "cross-entropy is computed in fp32"),
-    ("model", "activations_checkpoint_layers_per_pipeline", "it needs pipeline parallelism, which this version does not have"),
-    ("model", "fp8 fp8_e4m3 fp8_hybrid", "FP8 is not in this version"),
+    ("model", "activations_checkpoint_layers_per_pipeline", "all pipeline stages run one program, and each is computed again whole"),
+    ("model", "fp8_interval", "scales follow their amaxes at every step"),
+    ("model", "reduce_amax", "an amax is always that of the whole tensor, over all devices, so that the mesh changes no number"),
     ("model", "use_emha", "NeMo does not support it either"),
     ("model", "megatron_legacy", "weights in Megatron's first layout of q, k and v cannot be read"),
     ("model", "reset_lr reset_lr_steps", "a resumed run continues its schedule; start a new run from the weights with model.restore_from_path"),
@@ -166,9 +168,8 @@ REFUSED_GROUPS = (  # (section, names, sentence)
 )
 REFUSED = {path: sentence for section, names, sentence in REFUSED_GROUPS for path in paths(section, names)}
 
-FOLLOWERS = {"model.precision", "model.max_position_embeddings", "exp_manager.resume_from_checkpoint", f"{CHECKPOINTS}.model_parallel_size"} | paths(
-    "model.data", "conv_template micro_batch_size global_batch_size"
-)
+FOLLOWERS = paths("model.data", "conv_template micro_batch_size global_batch_size") | {f"{CHECKPOINTS}.model_parallel_size"}
+FOLLOWERS |= {"model.precision", "model.fp8_frozen_weights", "model.max_position_embeddings", "exp_manager.resume_from_checkpoint"}
 NULLABLE = {
     "trainer.gradient_clip_val",
     "trainer.limit_val_batches",
@@ -191,6 +192,8 @@ CHOICES = {  # honoured fields with a fixed set of values
     "trainer.precision": PRECISIONS,
     "model.precision": PRECISIONS,
     f"{CHECKPOINTS}.mode": ("min", "max"),
+    "model.fp8_scaling": ("delayed", "current"),
+    "model.fp8_amax_compute_algo": ("most_recent", "max"),
     "model.loss_reduction": ("global_token_mean", "microbatch_mean"),
     "model.normalization": ("rmsnorm", "layernorm", "layernorm1p"),
     "model.activation": tuple(ACTIVATIONS.split()),
@@ -225,6 +228,7 @@ HINTS = {
 POSITIVE = (
     paths("trainer", "num_nodes log_every_n_steps")
     | paths("model", "micro_batch_size global_batch_size tensor_model_parallel_size fsdp_parallel_size encoder_seq_length num_layers")
+    | paths("model", "pipeline_model_parallel_size virtual_pipeline_model_parallel_size pipeline_round_size")
     | paths("model", "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels init_method_std layernorm_epsilon")
     | paths("model", "make_vocab_size_divisible_by override_vocab_size rotary_base seq_len_interpolation_factor activations_checkpoint_num_layers")
     | paths("model", "rope_scaling_factor rope_low_freq_factor rope_high_freq_factor rope_original_max_position_embeddings")
@@ -256,6 +260,14 @@ def traps(get: dict) -> Iterator[str]:
         yield f"{VISION}.crop_size is {crop}, and from_pretrained is {tower}, whose name says {size[1]} pixels; set it to ({size[1]}, {size[1]})"
 
 
+def idle(get: dict) -> dict[str, str]:
+    """{path: reason} of honoured fields that do nothing beside the others of a config {path: value}."""
+    if not get["model.fp8"]:
+        return dict.fromkeys(FP8 - {"model.fp8"}, "read only with fp8")
+    delayed = get["model.fp8_scaling"] == "delayed"
+    return {} if delayed else dict.fromkeys(paths("model", "fp8_amax_history_len fp8_amax_compute_algo"), "read only with fp8_scaling delayed")
+
+
 def _number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -281,6 +293,8 @@ RULES = {  # {path: (what holds for every value but null, in words)}
     "model.num_layers": (lambda v: 0 < v <= 1000, "a number of layers, at most 1000"),
     "model.override_vocab_size": (lambda v: 0 < v <= 10_000_000, "a number of tokens, at most ten million"),
     f"{VISION}.class_token_length": (lambda v: v in (0, 1), "1, or 0 for a tower without a class token"),
+    "model.fp8_margin": (lambda v: 0 <= v <= 8, "a whole number from 0 to 8: so many powers of two are left free above the largest number seen"),
+    "model.fp8_amax_history_len": (lambda v: 1 <= v <= 4096, "a number of steps from 1 to 4096"),
     "model.rotary_percentage": (lambda v: 0 < v <= 1, "a share above 0, at most 1"),
     "model.trainable": (lambda v: isinstance(v, tuple) and all(map(_row, v)), "rows (path pattern, learning-rate factor, weight decay or None)"),
     "model.mm_cfg.mm_mlp_adapter_type": (

@@ -120,9 +120,9 @@ def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[
     return [found]
 
 
-def load_base(run: Path, targets: dict[str, jax.ShapeDtypeStruct], config: NevaConfig) -> dict[str, jax.Array]:
-    """The frozen weights of a run that is resumed."""
-    arrays, _ = load_weights(targets, open_base(run, config))
+def load_base(run: Path, targets: dict[str, jax.ShapeDtypeStruct], config: NevaConfig, store=None) -> dict[str, jax.Array]:
+    """The frozen weights of a run that is resumed. store: see load_weights."""
+    arrays, _ = load_weights(targets, open_base(run, config), store)
     if missing := sorted(targets.keys() - arrays.keys()):
         raise UserError(f"{run}: the run trained {some(missing)} and is now asked to freeze it; restore the freeze fields, or start a new run")
     return arrays
@@ -134,11 +134,17 @@ def origins(paths, sources: list) -> dict[str, object]:
     return {path: source for path, source in found.items() if source is not None}
 
 
-def load_weights(targets: dict[str, jax.ShapeDtypeStruct], sources: list) -> tuple[dict[str, jax.Array], dict[str, object]]:
-    """Every target that some source has, from the first that has it -> arrays, and {path: its source}."""
-    origin = origins(targets, sources)
+def load_weights(targets: dict[str, jax.ShapeDtypeStruct], sources: list, store=None) -> tuple[dict[str, jax.Array], dict[str, object]]:
+    """Every target that some source has, from the first that has it -> arrays, and {path: its source}.
+
+    store: {path: function of the array that was read}, whose result takes the array's place before the next one is read.
+    """
+    origin, store = origins(targets, sources), store or {}
     arrays: dict[str, jax.Array] = {}
     for one in sources:
         mine = {path: targets[path] for path, s in origin.items() if s is one}
-        arrays |= one.load(mine) if mine else {}
+        at_once = {path: target for path, target in mine.items() if path not in store}
+        arrays |= one.load(at_once) if at_once else {}
+        for path in [path for path in mine if path in store]:
+            arrays[path] = store[path](one.load({path: mine[path]})[path])
     return arrays, origin

@@ -4,7 +4,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -52,11 +51,6 @@ def read_weights(make, tensors: dict, key_map, prefix: str = ""):
     """
     graphdef, weights = describe(make)
     return graphdef, {path: np.asarray(key_map.read(tensors, prefix + path, w.shape, "test"), np.float32) for path, w in weights.items()}
-
-
-def jit(function, **options):
-    """jax.jit that compiles tiny models in a fifth of the time: on the CPU it is compiling that takes long, not running."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}, **options)
 
 
 def neva_config(directory, projector: str = "mlp2x_gelu", *, padded: int | None = None, **changes) -> NevaConfig:

@@ -16,6 +16,7 @@ from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HONOURED, INERT, R
 TREE = library.leaves(base.get_config())
 SOURCES = {  # follower: source
     "model.precision": "trainer.precision",
+    "model.fp8_frozen_weights": "model.fp8",
     "model.max_position_embeddings": "model.encoder_seq_length",
     "model.data.conv_template": "model.mm_cfg.llm.model_type",
     "model.data.micro_batch_size": "model.micro_batch_size",
@@ -68,7 +69,7 @@ def test_followers_follow_and_do_not_lead():
     config = base.get_config()
     for path in sorted(TREE, key=FOLLOWERS.__contains__):  # one field after the other, the followers at last
         before = library.leaves(config)
-        library.assign(config, path, other(path, 2 if path in FOLLOWERS else 1))
+        library.assign(config, path, not before[path] if isinstance(before[path], bool) else other(path, 2 if path in FOLLOWERS else 1))
         moved = {p for p, v in library.leaves(config).items() if v != before[p]}
         behind = {follower for follower, source in SOURCES.items() if source == path} | ({product} if path == "model.pipeline_model_parallel_size" else set())
         assert moved == {path} | behind

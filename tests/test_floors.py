@@ -15,7 +15,7 @@ FLOORS = [
     {"models", "transforms", "data"},
     {"checkpoint"},
     {"training", "inference", "evaluation", "convert"},
-    {"fields", "hub"},
+    {"fields", "hub", "mesh_sizes"},
     {"config"},
     {"build"},
     {"cli"},

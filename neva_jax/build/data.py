@@ -24,6 +24,7 @@ from neva_jax.data.records import Records
 from neva_jax.data.tokenizer import open_tokenizer
 from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
+from neva_jax.parallel.distributed import check_same
 from neva_jax.parallel.mesh import batch_shards
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ def build_data(config: ConfigDict, tokenizer, neva_config: NevaConfig, mesh: Mes
     if once and len(ids) < size:
         raise UserError(f"model.data.dataloader_type single passes once over the data, and {len(ids)} records do not fill a global batch of {size}")
     mine = lengths.select(ids)
+    check_same("the training records", b"".join(np.ascontiguousarray(column).tobytes() for column in (mine.tokens, mine.supervised, mine.media)))
     plan = Plan(None if single else m.seed, mine, size, make_buckets(mine, d.buckets, blend=blend), d.length_grouping, once, blend)
     train = Split(examples, mine, ids, plan, rows, size, d.num_workers)
     if held_out is None or config.trainer.limit_val_batches == 0:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from neva_jax.build import fp8 as build_fp8
 from neva_jax.build.architecture import fields_of
 from neva_jax.build.weights import weight_paths
 from neva_jax.config import leaves
@@ -20,15 +21,19 @@ from neva_jax.data.image import ImageProcessor
 from neva_jax.errors import UserError
 from neva_jax.fields import LLM_SHAPE, VISION, paths
 from neva_jax.hub import run_of
-from neva_jax.layers.attention import make_attend
+from neva_jax.layers.attention import KEEP_OUTPUTS, make_attend
 from neva_jax.layers.rope import Rope
+from neva_jax.mesh_sizes import round_size
 from neva_jax.models.clip import ClipVisionConfig
 from neva_jax.models.llama import LlamaConfig
 from neva_jax.models.multimodal import NevaConfig, neva
 from neva_jax.models.siglip import SiglipVisionConfig
 from neva_jax.parallel.layer_runner import make_runner
-from neva_jax.parallel.sharding import weight_sharding
+from neva_jax.parallel.mesh import batch_shards
+from neva_jax.parallel.pipeline import Pipeline, pipeline_layers
+from neva_jax.parallel.sharding import WHOLE, weight_sharding
 from neva_jax.training.flops import row_flops
+from neva_jax.transforms.fp8 import Quantised
 from neva_jax.transforms.select import Row, Weight, describe, flatten, trainable
 
 log = logging.getLogger(__name__)
@@ -142,7 +147,8 @@ def _compare_llm(config: ConfigDict) -> None:
 
 @dataclasses.dataclass
 class Model:
-    """graphdef and weights ({path: Weight}) describe the model; make() builds it (traced only); rows: what trains, {path: row}; shardings: {path: where}."""
+    """graphdef and weights ({path: Weight}) describe the model; make() builds it (traced only, without FP8); rows: what trains, {path: row}; shardings: {path:
+    where}, of FP8 scales too."""
 
     config: NevaConfig
     graphdef: nnx.GraphDef
@@ -151,15 +157,32 @@ class Model:
     rows: dict[str, Row]
     shardings: dict[str, jax.sharding.NamedSharding]
     frozen_dtype: object
+    fp8: build_fp8.Fp8 | None = None
+    pipeline: Pipeline = Pipeline()
 
-    def target(self, path: str) -> jax.ShapeDtypeStruct:
-        """Masters of what trains are fp32; frozen weights are stored as they are computed with."""
+    def loaded(self, path: str) -> jax.ShapeDtypeStruct:
+        """Masters of what trains are fp32; frozen weights are read in the dtype that is computed with."""
         dtype = jnp.float32 if path in self.rows else self.frozen_dtype
         return jax.ShapeDtypeStruct(self.weights[path].shape, dtype, sharding=self.shardings[path])
 
+    def target(self, path: str) -> jax.ShapeDtypeStruct | Quantised:
+        """What the step takes: `loaded`, or for a frozen weight of an FP8 GEMM its quantised form."""
+        return build_fp8.target(self.loaded(path)) if self.fp8 and path in self.fp8.quantised else self.loaded(path)
+
+    @property
+    def stores(self) -> dict[str, object]:
+        """{path: the function that quantises it} of what is read in one form and stored in another, see hub.load_weights."""
+        return {path: functools.partial(build_fp8.store, target=self.target(path)) for path in (self.fp8.quantised if self.fp8 else ())}
+
+    def stored(self, frozen: dict) -> dict:
+        """Frozen weights as the step takes them; one after the other takes its own place."""
+        for path, store in self.stores.items():
+            frozen[path] = store(frozen[path])
+        return frozen
+
     def random(self, paths: list[str]) -> dict[str, jax.Array]:
         """Weights born random, each on its devices; XLA drops what is not asked for."""
-        targets = {path: self.target(path) for path in paths}
+        targets = {path: self.loaded(path) for path in paths}
 
         def build():
             flat = flatten(nnx.to_pure_dict(nnx.state(self.make())))
@@ -170,21 +193,44 @@ class Model:
 
 def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Model:
     m = config.model
-    platform, selective = mesh.devices.flat[0].platform, m.activations_checkpoint_granularity == "selective"
-    attend = functools.partial(make_attend, platform=platform, use_flash_attention=m.use_flash_attention)
-    llm_attend, kernel = attend(dtype=neva_config.llm.dtype, head_dim=neva_config.llm.head_dim, recompute=selective)
+    attend = functools.partial(make_attend, platform=mesh.devices.flat[0].platform, use_flash_attention=m.use_flash_attention)
+    llm_attend, kernel = attend(dtype=neva_config.llm.dtype, head_dim=neva_config.llm.head_dim)
     vision = neva_config.vision
     vision_attend, vision_kernel = attend(dtype=vision.dtype, head_dim=vision.hidden_size // vision.num_attention_heads)
     log.info(f"attention: {kernel} (language model), {vision_kernel} (vision tower)")
-    runner = make_runner(m.activations_checkpoint_granularity, m.activations_checkpoint_method, m.activations_checkpoint_num_layers)
+    rows = trainable(describe(lambda: neva(neva_config, rngs=nnx.Rngs(0)))[1], trainable_rows(config))
+    how = (m.activations_checkpoint_granularity, m.activations_checkpoint_method, m.activations_checkpoint_num_layers)
+    runner = make_runner(*how, attention=KEEP_OUTPUTS[kernel], frozen=_frozen("llm", rows))
+    vision_runner = make_runner(attention=KEEP_OUTPUTS[vision_kernel], frozen=_frozen("vision_encoder", rows))
+    pipeline = build_pipeline(config, mesh)
+    if pipeline.stages > 1:
+        runner = functools.partial(pipeline_layers, pipeline=pipeline, inner=runner)
 
     def make():
-        return neva(neva_config, rngs=nnx.Rngs(m.seed), llm_attend=llm_attend, vision_attend=vision_attend, runner=runner)
+        return neva(neva_config, rngs=nnx.Rngs(m.seed), llm_attend=llm_attend, vision_attend=vision_attend, runner=runner, vision_runner=vision_runner)
 
     graphdef, weights = describe(make)
-    shardings = {path: weight_sharding(path, weight.shape, weight.axes, mesh) for path, weight in weights.items()}
-    rows = trainable(weights, trainable_rows(config))
-    return Model(neva_config, graphdef, weights, make, rows, shardings, jnp.dtype(neva_config.llm.dtype))
+    replicated_heads = {"kv_heads": None} if neva_config.llm.num_query_groups % mesh.shape["tensor"] else {}
+    changes = {"vision_encoder": WHOLE, "llm": replicated_heads}
+    shardings = {path: weight_sharding(path, weight.shape, weight.axes, mesh, changes.get(path.split("/")[0])) for path, weight in weights.items()}
+    fp8 = build_fp8.build_fp8(config, make, weights, rows, mesh)
+    if fp8:
+        graphdef, shardings = fp8.graphdef, shardings | {path: weight_sharding(path, scale.shape, scale.axes, mesh) for path, scale in fp8.scales.items()}
+    return Model(neva_config, graphdef, weights, make, rows, shardings, jnp.dtype(neva_config.llm.dtype), fp8, pipeline)
+
+
+def _frozen(part: str, rows: dict[str, Row]) -> bool:
+    """Whether nothing of a part's stack trains."""
+    return not any(path.startswith(f"{part}/layers/") for path in rows)
+
+
+def build_pipeline(config: ConfigDict, mesh: Mesh) -> Pipeline:
+    m = config.model
+    pipeline = Pipeline(m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size or 1, round_size(leaves(config), batch_shards(mesh)))
+    if pipeline.stages > 1:
+        sizes = f"{pipeline.stages} stages x {pipeline.virtual} virtual, rounds of {pipeline.round_size} micro-batches"
+        log.info(f"pipeline: {sizes}; a stage is idle for {pipeline.bubble:.1%} of a round")
+    return pipeline
 
 
 def trainable_rows(config: ConfigDict) -> list[Row]:

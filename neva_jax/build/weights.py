@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from neva_jax.errors import UserError
-from neva_jax.hub import load_weights, open_weights
+from neva_jax.hub import load_weights, open_weights, origins
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,14 @@ def weight_paths(config: ConfigDict) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
-    """A fresh run's weights, for a build.model.Model -> (params, frozen, {path: source}). What no source has is born random: for a frozen part an error."""
+    """A fresh run's weights, for a build.model.Model -> (params, frozen, {path: source}). What no source has is born random: for a frozen part an error.
+
+    Of frozen weights that FP8 stores quantised, only those of a published source already are: the run has the others to copy first.
+    """
     sources = [s for field, path, parts in weight_paths(config) for s in open_weights(path, model.config, field, parts)]
-    arrays, origin = load_weights({path: model.target(path) for path in model.weights}, sources)
+    targets = {path: model.loaded(path) for path in model.weights}
+    published = {path for path, source in origins(targets, sources).items() if source.published is not None}
+    arrays, origin = load_weights(targets, sources, {path: store for path, store in model.stores.items() if path in published})
     missing = [path for path in model.weights if path not in arrays]
     frozen_parts = sorted({path.split("/")[0] for path in missing if path not in model.rows})
     if frozen_parts and not config.model.mm_cfg.allow_random_frozen:

@@ -46,18 +46,19 @@ class SavedTree:
 def record_base(run: Path, frozen: dict[str, jax.Array], sources: dict[str, object]) -> None:
     """Copies what must be copied and writes base.json. sources: {path: the source it came from, None: a random start}."""
     copied = {path: array for path, array in frozen.items() if getattr(sources.get(path), "published", None) is None}
+    if copied:
+        save_tree(run / "base", copied)
+    if jax.process_index():
+        return  # one process writes, and one reading of every byte is enough
     published: dict[int, dict] = {}
     for path, source in sources.items():
         if path in frozen and path not in copied:
             if id(source) not in published:
                 published[id(source)] = {**source.published, "sha256": source.full_digest(), "paths": []}
             published[id(source)]["paths"].append(path)
-    if copied:
-        save_tree(run / "base", copied)
-    if jax.process_index() == 0:
-        temporary = run / "base.json.tmp"
-        temporary.write_text(json.dumps({"copied": sorted(copied), "published": list(published.values())}, indent=1))
-        os.replace(temporary, run / "base.json")
+    temporary = run / "base.json.tmp"
+    temporary.write_text(json.dumps({"copied": sorted(copied), "published": list(published.values())}, indent=1))
+    os.replace(temporary, run / "base.json")
 
 
 def read_base(run: Path) -> dict:

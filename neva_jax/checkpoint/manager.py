@@ -18,6 +18,8 @@ from neva_jax.transforms.select import nest
 
 log = logging.getLogger(__name__)
 
+FP8_STATE = " (FP8's state, scales and amax_histories, is as model.fp8, fp8_scaling, fp8_frozen_weights and fp8_amax_history_len say)"
+
 
 def named_leaves(tree) -> dict[str, jax.Array]:
     """Any tree as {path: leaf}: optax's states are tuples of named tuples, and a checkpoint wants names."""
@@ -45,7 +47,7 @@ class Checkpoints:
         """Starts writing `state` (see training/step.py) as checkpoint `step` and returns; a step that is there already is left alone."""
         if step in self._manager.all_steps():
             return
-        rest = named_leaves({"opt_state": state["opt_state"], "skipped": state["skipped"]})
+        rest = named_leaves({name: tree for name, tree in state.items() if name != "params"})
         items = {
             "trainable": ocp.args.StandardSave(nest(state["params"]), save_args=nest(chunking(state["params"]))),
             "optimizer": ocp.args.StandardSave(nest(rest), save_args=nest(chunking(rest))),
@@ -59,12 +61,13 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state: dict) -> dict:
         """The state of a step, each array born where `abstract_state` (ShapeDtypeStructs with shardings) says, on whatever mesh."""
-        step_directory, rest = self.directory / str(step), {"opt_state": abstract_state["opt_state"], "skipped": abstract_state["skipped"]}
+        step_directory, rest = self.directory / str(step), {name: tree for name, tree in abstract_state.items() if name != "params"}
         try:
             params = load_tree(step_directory / "trainable", abstract_state["params"], whole=True)
             return {"params": params, **with_leaves(rest, load_tree(step_directory / "optimizer", named_leaves(rest), whole=True))}
         except UserError as error:
-            raise UserError(f"{error}; or remove {step_directory} to resume from an older one") from error
+            fp8 = FP8_STATE if any(name in str(error) for name in ("scales/", "amax_histories/")) else ""
+            raise UserError(f"{error}{fp8}; or remove {step_directory} to resume from an older one") from error
 
     def close(self) -> None:
         """Waits for what is still being written; an error of a background write surfaces here."""

@@ -25,7 +25,7 @@ CHUNK = 4096  # records a task
 
 def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0) -> Lengths:
     """Lengths of all records, from the cache or made now; num_workers: processes to make them with."""
-    path = Path(cache_dir) / f"lengths-{examples.fingerprint()}.npy"
+    path = index_path(examples, cache_dir)
     try:
         table = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError):  # the first time, or where a power cut left a name without bytes
@@ -39,6 +39,11 @@ def read_lengths(examples: Examples, cache_dir: str | Path, num_workers: int = 0
         mode = examples.encoder.compat
         log.warning(f"{len(noted)} of {len(table)} records are taken as model.data.compat {mode} takes them; exact mode refuses such, the first: {first}")
     return Lengths(table[:, 0], table[:, 1], table[:, 2])
+
+
+def index_path(examples: Examples, cache_dir: str | Path) -> Path:
+    """Where the index lies, once it is made."""
+    return Path(cache_dir) / f"lengths-{examples.fingerprint()}.npy"
 
 
 def _make(examples: Examples, num_workers: int) -> np.ndarray:

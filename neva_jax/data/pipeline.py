@@ -33,6 +33,11 @@ class Rows:
         return local_rows(ids, micro_batch_size=self.micro_batch_size, num_shards=self.num_shards, shards=self.shards)
 
     @property
+    def share(self) -> float:
+        """Of every global batch, how much stands here."""
+        return len(self.shards) / self.num_shards
+
+    @property
     def width(self) -> int:
         """B: rows of a micro-batch here."""
         return self.micro_batch_size * len(self.shards)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from neva_jax.models.fusion import fuse
+from neva_jax.parallel.sharding import constrain
 from neva_jax.transforms.select import nest
 
 
@@ -35,4 +36,5 @@ def greedy(graphdef, params, batch, *, max_new_tokens: int, stop_id: int):
         return i + 1, tokens.at[rows, at].set(chosen), segments.at[rows, at].set(1), answers.at[:, i].set(chosen), done | (chosen == stop_id)
 
     start = (0, batch["tokens"], batch["segment_ids"], jnp.full((len(rows), max_new_tokens), stop_id, jnp.int32), jnp.zeros(len(rows), bool))
-    return jax.lax.while_loop(lambda c: (c[0] < max_new_tokens) & ~jnp.all(c[4]), turn, start)[3]
+    answers = jax.lax.while_loop(lambda c: (c[0] < max_new_tokens) & ~jnp.all(c[4]), turn, start)[3]
+    return constrain(answers, None, None)  # whole on every device, so that every process can read them

@@ -19,27 +19,24 @@ from neva_jax.transforms.select import describe, nest
 class Layers:
     """Stands for a stacked weight in a module. array: `[layer]` reads one layer."""
 
-    def __init__(self, array, start: int = 0, stop: int | None = None):
-        self.array, self.start, self.stop = array, start, array.shape[0] if stop is None else stop
+    def __init__(self, array):
+        self.array = array
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.array.shape[0]
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            return Layers(self.array, self.start + start, self.start + stop)
-        return _float32(self.array[self.start + index])
+        return _float32(self.array[index])
 
 
 def _float32(array) -> jax.Array:
     return jnp.asarray(np.asarray(array).astype(np.float32))
 
 
-def stream_layers(body, stacked, x, side):
+def stream_layers(body, stacked, x, side, *, first: int | None = None):
     """A layer runner (see parallel/layer_runner.py) over `Layers`."""
     step = jax.jit(body)
-    for layer in range(len(jax.tree.leaves(stacked)[0])):
+    for layer in range(len(jax.tree.leaves(stacked)[0]) if first is None else first):
         x = step(x, side, jax.tree.map(lambda weight, layer=layer: weight[layer], stacked))
     return x
 

@@ -21,6 +21,25 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+@jax.custom_vjp
+def matmul_to_fp32(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x: [..., D], kernel: [D, V], of one dtype -> float32[..., V]. Its gradients are GEMMs in that dtype too; JAX alone would run them in fp32, and slowly."""
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _forward(x, kernel):
+    return matmul_to_fp32(x.value, kernel.value), (x.value if kernel.perturbed else None, kernel.value)
+
+
+def _backward(residuals, gradient):
+    x, kernel = residuals
+    gradient = gradient.astype(kernel.dtype)
+    return gradient @ kernel.T, None if x is None else jnp.einsum("...d,...v->dv", x, gradient)
+
+
+matmul_to_fp32.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
 class Embedding(nnx.Module):
     """Rows of a table [num, dim] by index."""
 

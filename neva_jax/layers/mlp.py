@@ -8,6 +8,7 @@ from flax import nnx
 
 from neva_jax.layers.initializers import normal
 from neva_jax.layers.linear import Linear
+from neva_jax.parallel.layer_runner import keep
 from neva_jax.parallel.sharding import constrain
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -44,6 +45,6 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = self.up_proj(x)
-        h = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        up = keep(self.up_proj(x))
+        h = self.activation(up) if self.gate_proj is None else self.activation(keep(self.gate_proj(x))) * up
         return self.down_proj(constrain(h, "batch", "length", "mlp"))

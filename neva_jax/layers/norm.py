@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from neva_jax.layers.initializers import ones, zeros
+from neva_jax.parallel.layer_runner import keep
 
 
 class RMSNorm(nnx.Module):
@@ -16,7 +17,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         dtype = dtype or x.dtype
-        x = x.astype(jnp.float32)
+        x = keep(x).astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
         return x.astype(dtype) * self.scale[...].astype(dtype)
 
@@ -36,7 +37,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         dtype = dtype or x.dtype
-        x = x.astype(jnp.float32)
+        x = keep(x).astype(jnp.float32)
         x = x - jnp.mean(x, -1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
         return (x * self.gain() + self.bias[...].astype(jnp.float32)).astype(dtype)

@@ -11,7 +11,6 @@ def stack(make_block, num_layers: int, *, rngs: nnx.Rngs) -> nnx.Module:
 
 def run_stack(blocks: nnx.Module, x: jax.Array, side, *, runner, num_layers: int | None = None) -> jax.Array:
     """x through the first `num_layers` (default: all) of the stacked `blocks`; each is called as `block(x, side)`. runner: see parallel/layer_runner.py."""
-    graphdef, stacked = nnx.split(blocks)
-    if num_layers is not None:
-        stacked = jax.tree.map(lambda a: a[:num_layers], stacked)
-    return runner(lambda x, side, layer: nnx.merge(graphdef, layer)(x, side), stacked, x, side)
+    graphdef, *stacked = nnx.split(blocks, nnx.Param, ...)  # weights first: a scan mixes up gradients that go into Refs and, before them, such that do not
+    body = lambda x, side, layer: nnx.merge(graphdef, *layer)(x, side)  # noqa: E731
+    return runner(body, stacked, x, side) if num_layers is None else runner(body, stacked, x, side, first=num_layers)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from neva_jax.layers.attention import Attention
 from neva_jax.layers.initializers import normal
-from neva_jax.layers.linear import Embedding, Linear
+from neva_jax.layers.linear import Embedding, Linear, matmul_to_fp32
 from neva_jax.layers.mlp import ACTIVATIONS, MLP, gelu_tanh
 from neva_jax.layers.norm import NORMS
 from neva_jax.layers.rope import Rope
@@ -88,13 +88,14 @@ class Llama(nnx.Module):
 
     def decode(self, embeddings: jax.Array, position_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """embeddings: [B, T, D], position_ids and segment_ids: int32[B, T] (0: padding) -> hidden [B, T, D], before the last norm."""
-        return run_stack(self.layers, embeddings, (self.config.rope.angles(position_ids), segment_ids), runner=self.runner)
+        with jax.named_scope("llm_layers"):  # by this name the planner finds the layers' GEMMs in a compiled step
+            return run_stack(self.layers, embeddings, (self.config.rope.angles(position_ids), segment_ids), runner=self.runner)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: [..., D] of `decode` -> float32[..., V padded]; rows above vocab_size are the smallest float."""
         hidden = self.norm(hidden, jnp.dtype(self.config.dtype))
         kernel = self.embed_tokens.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = matmul_to_fp32(hidden, kernel.astype(hidden.dtype))
         logits = constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("vocab",)))
         padding = jnp.arange(self.config.padded_vocab_size) >= self.config.vocab_size
         return jnp.where(padding, jnp.finfo(jnp.float32).min, logits)

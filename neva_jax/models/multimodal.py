@@ -16,7 +16,7 @@ from neva_jax.models.llama import Llama, LlamaConfig
 from neva_jax.models.projector import Projector
 from neva_jax.models.siglip import SiglipVision, SiglipVisionConfig
 from neva_jax.parallel.layer_runner import scan_layers
-from neva_jax.parallel.sharding import constrain
+from neva_jax.parallel.sharding import WHOLE, axis_rules, constrain, spread_rows
 
 TOWERS = {ClipVisionConfig: ClipVision, SiglipVisionConfig: SiglipVision}
 
@@ -28,11 +28,12 @@ class MultimodalModel(nnx.Module):
         self.vision_encoder, self.projector, self.llm = vision_encoder, projector, llm
 
     def encode(self, media: jax.Array) -> jax.Array:
-        """media: [B, N, ...] -> media embeddings [B, N, S', D]"""
+        """media: [B, N, ...] -> media embeddings [B, N, S', D]. Each device of the mesh, of the tensor and pipeline axes too, does its share of the media."""
         batch, num_media = media.shape[:2]
-        flat = constrain(media.reshape(batch * num_media, *media.shape[2:]), "batch", *(None,) * (media.ndim - 2))
-        embeddings = self.projector(self.vision_encoder(flat))
-        return embeddings.reshape(batch, num_media, *embeddings.shape[1:])
+        with axis_rules(WHOLE):
+            flat, gather = spread_rows(media.reshape(batch * num_media, *media.shape[2:]))
+            embeddings = gather(self.projector(self.vision_encoder(flat)))
+        return constrain(embeddings.reshape(batch, num_media, *embeddings.shape[1:]), "batch", None, None, None)
 
     def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
         """batch: tokens, position_ids, segment_ids, media_index int32[B, T]; media [B, N, ...] -> hidden [B, T, D], for `llm.logits`."""

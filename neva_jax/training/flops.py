@@ -10,13 +10,18 @@ from neva_jax.models.multimodal import NevaConfig
 
 def row_flops(config: NevaConfig, *, tokens: int, supervised: int, media: int, trained: set[str]) -> float:
     """One row of a batch of shape (T, K, N). trained: parts that have a weight that trains, of "llm", "projector", "vision_encoder"."""
+    return sum(row_flops_by_kind(config, tokens=tokens, supervised=supervised, media=media, trained=trained).values())
+
+
+def row_flops_by_kind(config: NevaConfig, *, tokens: int, supervised: int, media: int, trained: set[str]) -> dict[str, float]:
+    """The same, apart: layers (the projections of the language model's layers), attention (its scores and their product with the values), head, encoder."""
     llm, vision = config.llm, config.vision
     below = bool(trained & {"projector", "vision_encoder"}) or "llm" in trained
     passes = 1 + below + ("llm" in trained)
     heads, groups = llm.num_attention_heads * llm.head_dim, llm.num_query_groups * llm.head_dim
     gates = 3 if ACTIVATIONS[llm.activation][1] else 2
     block = llm.hidden_size * (2 * heads + 2 * groups) + gates * llm.hidden_size * llm.ffn_hidden_size
-    linear = 2 * tokens * block * llm.num_layers * passes
+    layers = 2 * tokens * block * llm.num_layers * passes
     attention = 2 * tokens**2 * heads * llm.num_layers * (1 + 2 * below)
     head = 2 * supervised * llm.hidden_size * llm.padded_vocab_size * passes
 
@@ -26,7 +31,7 @@ def row_flops(config: NevaConfig, *, tokens: int, supervised: int, media: int, t
     encoder += 2 * length * vision.hidden_size * 3 * vision.patch_size**2
     encoder *= media * (3 if "vision_encoder" in trained else 1)
     passes = 1 + ("projector" in trained) + ("vision_encoder" in trained)
-    return linear + attention + head + encoder + media * projector_flops(config) * passes
+    return {"layers": layers, "attention": attention, "head": head, "encoder": encoder + media * projector_flops(config) * passes}
 
 
 def projector_flops(config: NevaConfig) -> float:

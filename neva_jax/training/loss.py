@@ -3,23 +3,37 @@
 import jax
 import jax.numpy as jnp
 
-CHUNK = 64  # supervised positions a row that are turned into logits at once
+from neva_jax.parallel.layer_runner import remat
+from neva_jax.parallel.sharding import constrain
+
+CHUNK = 64  # supervised positions a row that are turned into logits at once, at least,
+TOKENS = 2048  # and what a device may have of them together: enough that the head's GEMMs are not bound by reading its weights
 
 
-def supervised_cross_entropy(logits, hidden, labels, supervised_positions, row_weights):
+def chunk_length(rows: int, length: int) -> int:
+    """rows: of a micro-batch on one device; length: K -> the positions of a chunk, a divisor of K; where K is more than CHUNK, never all of it."""
+    if length % CHUNK:
+        return length
+    fit = [n for n in range(CHUNK, length // 2 + 1, CHUNK) if length % n == 0 and n * rows <= TOKENS]
+    return max(fit, default=CHUNK)
+
+
+def supervised_cross_entropy(logits, hidden, labels, supervised_positions, row_weights, num_shards: int = 1):
     """logits: function [B, k, D] -> float32[B, k, V]; hidden: [B, T, D]; labels: int32[B, T], next-token targets, -100 where nothing is supervised;
-    supervised_positions: int32[B, K], -1 pads; row_weights: float32[B] -> float32: sum over targets of weight of the row x loss in nats.
+    supervised_positions: int32[B, K], -1 pads; row_weights: float32[B]; num_shards: devices that share B
+    -> float32: sum over targets of weight of the row x loss in nats.
     """
     rows, length = supervised_positions.shape
-    chunk = CHUNK if length % CHUNK == 0 else length
+    chunk = chunk_length(rows // num_shards, length)
     positions = jnp.maximum(supervised_positions, 0)
     targets = jnp.where(supervised_positions >= 0, jnp.take_along_axis(labels, positions, 1), -100)
     hidden = jnp.take_along_axis(hidden, positions[..., None], 1)
     chunks = (hidden.reshape(rows, -1, chunk, hidden.shape[-1]).swapaxes(0, 1), targets.reshape(rows, -1, chunk).swapaxes(0, 1))
 
-    @jax.checkpoint
+    @remat
     def body(total, chunk):
-        return total + jnp.sum(token_losses(logits(chunk[0]), chunk[1]) * row_weights[:, None]), None
+        hidden = constrain(chunk[0], "batch", None, None)
+        return total + jnp.sum(token_losses(logits(hidden), chunk[1]) * row_weights[:, None]), None
 
     return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 

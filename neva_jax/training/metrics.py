@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -72,15 +71,17 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step does with this process' rows: samples, tokens that are not padding, model FLOPs."""
+    """What a step does, in all processes together: samples, tokens that are not padding (as this process' rows have them), model FLOPs."""
 
-    samples: int
-    tokens: int
+    samples: float
+    tokens: float
     flops: float
 
     @classmethod
-    def of(cls, batch: dict, flops: float) -> "Work":
-        return cls(batch["tokens"].shape[0] * batch["tokens"].shape[1], int((batch["segment_ids"] != 0).sum()), flops)
+    def of(cls, batch: dict, flops: float, share: float = 1.0) -> "Work":
+        """batch, flops: of this process' rows, which are `share` of a global batch."""
+        micro_batches, rows = batch["tokens"].shape[:2]
+        return cls(micro_batches * rows / share, int((batch["segment_ids"] != 0).sum()) / share, flops / share)
 
 
 class Clock:
@@ -107,12 +108,12 @@ class Clock:
         self.flops += work.flops
 
     def rates(self, step: int, num_devices: int, peak_flops: float | None) -> dict[str, float]:
-        """Since the last start; starts anew. num_devices: of this process; MFU is left out where the peak is unknown."""
+        """Since the last start; starts anew. num_devices: of all processes; MFU is left out where the peak is unknown."""
         seconds, steps = time.perf_counter() - self.began, max(1, step - self.step)
         rates = {
             "train_step_timing in s": seconds / steps,
             "samples/s/GPU": self.samples / seconds / num_devices,
-            "tokens/s": self.tokens / seconds * jax.process_count(),
+            "tokens/s": self.tokens / seconds,
             "data_wait in s": self.waited / steps,
         }
         if peak_flops:

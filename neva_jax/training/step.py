@@ -1,7 +1,7 @@
 """One step: loss and gradients of what trains, accumulated over micro-batches by a scan, one update. The heart of the house.
 
-state: {"params": {path: float32}, "opt_state": optax's, "skipped": int32, updates skipped in a row}; frozen: {path: array}, only read.
-A gradient that is not finite leaves params and opt_state as they were, bit for bit.
+state: {"params": {path: float32}, "opt_state": optax's, "skipped": int32, updates skipped in a row, "scales" and "amax_histories": of delayed FP8 scaling};
+frozen: {path: array}, only read. A gradient that is not finite leaves all but `skipped` as it was, bit for bit.
 """
 
 import jax
@@ -9,58 +9,83 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from neva_jax.parallel.pipeline import Pipeline
 from neva_jax.training.loss import row_weights, supervised_cross_entropy
 from neva_jax.training.optimizer import clip_factor
+from neva_jax.transforms.fp8 import Recipe, advance, init_histories, taking_maxima
 from neva_jax.transforms.select import nest
 
-
-def init_state(params: dict, optimizer: optax.GradientTransformation) -> dict:
-    return {"params": params, "opt_state": optimizer.init(params), "skipped": jnp.int32(0)}
+ONE_STAGE = Pipeline()
 
 
-def micro_loss(graphdef, params, frozen, micro, weights):
-    """One micro-batch (fields [B, ...]) and its rows' weights [B] -> float32."""
+def init_state(params: dict, optimizer: optax.GradientTransformation, *, recipe: Recipe | None = None, scales: dict | None = None) -> dict:
+    """recipe: of FP8; scales: {path: anything with the shape of a delayed scale}."""
+    scales = {path: jnp.ones(scale.shape, jnp.float32) for path, scale in (scales or {}).items()}
+    fp8 = {"scales": scales, "amax_histories": init_histories(recipe, scales)}
+    return {"params": params, **fp8, "opt_state": optimizer.init(params), "skipped": jnp.int32(0)}
+
+
+def micro_loss(graphdef, params, frozen, micro, weights, num_shards: int = 1):
+    """One micro-batch (fields [B, ...], over num_shards devices) and its rows' weights [B] -> float32."""
     model = nnx.merge(graphdef, nest(params | frozen))
     hidden = model(micro)
-    return supervised_cross_entropy(model.llm.logits, hidden, micro["labels"], micro["supervised_positions"], weights)
+    return supervised_cross_entropy(model.llm.logits, hidden, micro["labels"], micro["supervised_positions"], weights, num_shards)
 
 
-def make_train_step(graphdef, optimizer, *, clip: float | None, num_shards: int, reduction: str = "global_token_mean", accumulate_dtype=jnp.float32):
-    """-> train_step(state, frozen, batch, lr, stop) -> (state, metrics). batch: fields [M, B, ...]; lr: float32; stop: int32[processes], 1 asks for an end."""
+def make_train_step(
+    graphdef, optimizer, *, clip: float | None, num_shards: int, reduction: str = "global_token_mean", accumulate_dtype=jnp.float32,
+    recipe: Recipe | None = None, pipeline: Pipeline = ONE_STAGE,
+):  # fmt: skip
+    """-> train_step(state, frozen, batch, lr, stop) -> (state, metrics). batch: fields [M, B, ...]; lr: float32; stop: int32[devices], not 0 asks for an end.
 
-    def accumulate(params, frozen, batch, weights):
+    pipeline: one gradient takes a round of it, round_size micro-batches.
+    """
+
+    def accumulate(params, scales, frozen, batch, weights):
+        """-> loss, gradients, {path of a scale: the largest magnitude seen}. A layer's gradient is added to its sum as soon as it is there: fp32 sums are all
+        the memory that gradients take. Sums in bf16 cannot be added to by fp32 gradients, so that those of a micro-batch stand beside them."""
+        zeros = lambda dtype: jax.tree.map(lambda p: jax.new_ref(jnp.zeros(p.shape, dtype)), params)  # noqa: E731
+        sums = zeros(accumulate_dtype)
+
         def one(carry, micro_and_weights):
-            loss, grads = jax.value_and_grad(lambda p: micro_loss(graphdef, p, frozen, *micro_and_weights))(params)
-            total, sums = carry
-            return (total + loss, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)), None
+            total, amaxes = carry
+            loss_of = lambda p, s: micro_loss(graphdef, p | taking_maxima(s), frozen, *micro_and_weights, num_shards)  # noqa: E731
+            loss, pull = jax.vjp(loss_of, params, scales)
+            grads = sums if accumulate_dtype == jnp.float32 else zeros(jnp.float32)
+            _, seen = pull.with_refs(grads, scales)(jnp.ones_like(loss))  # scales stand for "as values"
+            if grads is not sums:
+                jax.tree.map(lambda s, g: s.addupdate(jax.freeze(g).astype(s.dtype)), sums, grads)
+            return (total + loss, jax.tree.map(jnp.maximum, amaxes, seen)), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), params)
-        return jax.lax.scan(one, (jnp.float32(0), zeros), (batch, weights))[0]
+        (total, amaxes), _ = jax.lax.scan(one, (jnp.float32(0), jax.tree.map(jnp.zeros_like, scales)), (batch, weights))
+        return total, jax.tree.map(jax.freeze, sums), amaxes
 
     def train_step(state, frozen, batch, lr, stop):
-        params, opt_state = state["params"], state["opt_state"]
-        loss, grads = accumulate(params, frozen, batch, row_weights(batch["labels"], reduction, num_shards))
+        params, scales, histories, opt_state = state["params"], state["scales"], state["amax_histories"], state["opt_state"]
+        weights = row_weights(batch["labels"], reduction, num_shards)
+        loss, grads, amaxes = accumulate(params, scales, frozen, *jax.tree.map(pipeline.fold, (batch, weights)))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jax.tree.reduce(lambda all_finite, amax: all_finite & jnp.all(jnp.isfinite(amax)), amaxes, jnp.isfinite(norm))
         grads = jax.tree.map(lambda g: g * clip_factor(norm, clip), grads)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new_params = jax.tree.map(lambda p, u: p + lr * u, params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         skipped = jnp.where(finite, 0, state["skipped"] + 1)
         state = {"params": keep(new_params, params), "opt_state": keep(new_opt_state, opt_state), "skipped": skipped}
+        state["scales"], state["amax_histories"] = keep(advance(recipe, scales, histories, amaxes), (scales, histories))
         metrics = {"reduced_train_loss": loss, "grad_norm": norm, "skipped_in_a_row": skipped, "stop": jnp.max(stop), **count(batch)}
         return state, metrics
 
     return train_step
 
 
-def make_eval_step(graphdef):
+def make_eval_step(graphdef, pipeline: Pipeline = ONE_STAGE):
     """-> eval_step(params, frozen, batch) -> (sum of losses, count of targets) over the batch."""
 
     def eval_step(params, frozen, batch):
-        ones = jnp.ones(batch["labels"].shape[:2], jnp.float32)
-        total, _ = jax.lax.scan(lambda t, xs: (t + micro_loss(graphdef, params, frozen, *xs), None), jnp.float32(0), (batch, ones))
+        rounds = jax.tree.map(pipeline.fold, (batch, jnp.ones(batch["labels"].shape[:2], jnp.float32)))
+        total, _ = jax.lax.scan(lambda t, xs: (t + micro_loss(graphdef, params, frozen, *xs), None), jnp.float32(0), rounds)
         return total, jnp.sum(batch["labels"] >= 0, dtype=jnp.float32)
 
     return eval_step

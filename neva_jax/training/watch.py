@@ -8,18 +8,19 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Watch:
-    """describe_batch(index) -> the records of a global batch, in words. values: the newest step's numbers. stopping: some process asks for an end."""
+    """describe_batch(index) -> the records of a global batch, in words. values: the newest step's numbers. stopping: the signal for which some
+    process asks for an end, or 0."""
 
     def __init__(self, describe_batch, *, max_bad_images: int):
         self.describe_batch, self.max_bad_images = describe_batch, max_bad_images
         self.values: dict[str, float] = {}
         self.bad_images = 0
-        self.stopping = False
+        self.stopping = 0
 
     def read(self, step: int, metrics: dict) -> None:
         """Takes in the metrics of a step, waiting for it."""
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        self.stopping = bool(values.pop("stop"))
+        self.stopping = int(values.pop("stop"))
         self.bad_images += values.pop("bad_images")
         self.values = {**values, "bad_images": self.bad_images}
         if self.bad_images > self.max_bad_images:

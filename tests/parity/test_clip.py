@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Array, golden, jit, neva_config, randomise, read_weights
+from helpers import Array, golden, neva_config, randomise, read_weights
 
 from neva_jax.convert import hf
 from neva_jax.errors import UserError
@@ -42,7 +42,7 @@ def our_clip(directory, attend=attend, runner=scan_layers, **vision):
 
 
 def features(graphdef, params, media):
-    return np.asarray(jit(lambda params, media: nnx.merge(graphdef, nest(params))(media))(params, media))
+    return np.asarray(jax.jit(lambda params, media: nnx.merge(graphdef, nest(params))(media))(params, media))
 
 
 def pictures(size: int, count: int = 2) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_every_hidden_state_and_gradients(tmp_path, name):
         last = model(media)
         return jnp.sum(last * weight), (jnp.concatenate([start[None], layers]), last)
 
-    (_, (layers, last)), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, (layers, last)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(layers, states, atol=1e-5)
     np.testing.assert_allclose(last, states[-1], atol=1e-5)
 
@@ -118,9 +118,9 @@ def test_blocks_above_the_selected_layer_are_not_computed(tower, layer, computed
     directory, media, _ = tower
     lengths = []
 
-    def counting(body, stacked, x, side):
-        lengths.append(jax.tree.leaves(stacked)[0].shape[0])
-        return scan_layers(body, stacked, x, side)
+    def counting(body, stacked, x, side, *, first):
+        lengths.append(first)
+        return scan_layers(body, stacked, x, side, first=first)
 
     _, graphdef, params = our_clip(directory, runner=counting, select_layer=layer)
     poisoned = {path: np.array(w) for path, w in params.items()}

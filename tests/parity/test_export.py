@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from data.template_tokenizers import extended, open_for
 from flax import nnx
-from helpers import golden, jit, neva_config
+from helpers import golden, neva_config
 from safetensors.numpy import load_file
 
 from neva_jax.convert import hf
@@ -126,10 +127,10 @@ def test_llava(exported, count):
         out = theirs(**inputs).logits[0].numpy()
         answer = theirs.generate(**inputs, max_new_tokens=12)[0, inputs["input_ids"].shape[1] :].numpy()
     vocab = config.llm.vocab_size
-    np.testing.assert_allclose(out[:, :vocab], jit(logits)(params)[0, :, :vocab], atol=1e-4)
+    np.testing.assert_allclose(out[:, :vocab], jax.jit(logits)(params)[0, :, :vocab], atol=1e-4)
     assert out.shape[1] % 64 == 0 and (out[:, vocab:].max(1) < out[:, :vocab].max(1)).all(), "a new row is never the answer"
     stop = encoder.tokenizer.eos_id
-    ours = np.asarray(jit(lambda params: greedy(graphdef, params, batch_of(stream, media, 12), max_new_tokens=12, stop_id=stop))(params))[0]
+    ours = np.asarray(jax.jit(lambda params: greedy(graphdef, params, batch_of(stream, media, 12), max_new_tokens=12, stop_id=stop))(params))[0]
     np.testing.assert_array_equal(answer, ours[: len(answer)])
     assert len(answer) == 12 or answer[-1] == stop
 
@@ -173,7 +174,7 @@ def test_a_language_model_alone(tmp_path, kind, changes):
     theirs = load(tmp_path / "out", "AutoModelForCausalLM")
     assert theirs.config.model_type == kind and theirs.config.vocab_size == 61
     ids = np.random.default_rng(1).integers(3, 61, (2, 70))
-    ours = jit(lambda params: nnx.merge(graphdef, nest(params))(jnp.asarray(ids)))(params)
+    ours = jax.jit(lambda params: nnx.merge(graphdef, nest(params))(jnp.asarray(ids)))(params)
     with torch.no_grad():
         np.testing.assert_allclose(theirs(torch.tensor(ids)).logits, ours[..., :61], atol=1e-4)
 
@@ -201,7 +202,7 @@ def test_a_tower_alone(tmp_path):
     write_huggingface(tmp_path / "out", config, {f"vision_encoder/{path}": value for path, value in params.items()}, TokenIds())
     theirs = load(tmp_path / "out", "CLIPVisionModel")
     pixels = np.random.default_rng(1).normal(size=(2, 28, 28, 3)).astype(np.float32)
-    ours = jit(lambda params: nnx.merge(graphdef, nest(params))(jnp.asarray(pixels)))(params)
+    ours = jax.jit(lambda params: nnx.merge(graphdef, nest(params))(jnp.asarray(pixels)))(params)
     with torch.no_grad():
         hidden = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states
     np.testing.assert_allclose(hidden[-2][:, 1:], ours, atol=1e-4)

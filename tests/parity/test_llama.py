@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Array, golden, jit, neva_config, randomise, read_weights
+from helpers import Array, golden, neva_config, randomise, read_weights
 
 from neva_jax.convert import hf
 from neva_jax.layers.attention import attend
@@ -72,7 +72,7 @@ def test_layers_logits_loss_and_gradients(tmp_path, name):
         layers = jax.lax.map(lambda layer: nnx.merge(block, layer[0])(layer[1], side), (stacked, states[:-1]))  # each fed what theirs was fed
         return value, (embeddings, layers.at[-1].set(model.norm(layers[-1])), model.logits(hidden))
 
-    (value, (embeddings, layers, logits)), grads = jit(jax.value_and_grad(our_loss, has_aux=True))(params)
+    (value, (embeddings, layers, logits)), grads = jax.jit(jax.value_and_grad(our_loss, has_aux=True))(params)
     np.testing.assert_allclose(embeddings, states[0], atol=1e-5)
     np.testing.assert_allclose(layers, states[1:], atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(logits, out.logits.detach(), atol=1e-4)
@@ -89,7 +89,7 @@ def test_layers_logits_loss_and_gradients(tmp_path, name):
 def test_golden(name):
     answers = np.load(golden(f"checkpoints/{name}_golden.npz"))
     _, graphdef, params = our_llama(golden(f"checkpoints/{name}"), vocab_size=160, padded_vocab_size=256)
-    logits = np.asarray(jit(lambda params, tokens: nnx.merge(graphdef, nest(params))(tokens))(params, answers["input_ids"]))
+    logits = np.asarray(jax.jit(lambda params, tokens: nnx.merge(graphdef, nest(params))(tokens))(params, answers["input_ids"]))
     assert (logits[..., 160:] < -1e30).all(), "padded rows never win"
     valid = answers["attention_mask"].astype(bool)
     np.testing.assert_allclose(logits[..., :160][valid], answers["logits"][valid], atol=1e-4)
@@ -107,7 +107,7 @@ def loss_and_gradients(directory, runner):
     _, graphdef, params = our_llama(directory, runner)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 10))
     function = jax.value_and_grad(lambda params: jnp.mean(jax.nn.log_softmax(nnx.merge(graphdef, nest(params))(tokens))[..., 3]))
-    return *jit(function)(params), str(jax.make_jaxpr(function)(params))
+    return *jax.jit(function)(params), str(jax.make_jaxpr(function)(params))
 
 
 @pytest.mark.parametrize("plan", [("full", "uniform", 1), ("full", "uniform", 2), ("full", "block", 2)])
@@ -120,11 +120,6 @@ def test_every_way_to_run_layers_gives_the_same_numbers(plain, plan):
         np.testing.assert_allclose(grads[path], other_grads[path], atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("granularity", [None, "selective"])
-def test_without_full_recomputation_layers_are_scanned(granularity):
-    assert make_runner(granularity, None, None) is scan_layers
-
-
 def test_padding_on_the_right_changes_nothing(plain):
     _, graphdef, params = our_llama(plain[0])
     tokens = np.random.default_rng(0).integers(0, 97, (1, 9))
@@ -134,7 +129,7 @@ def test_padding_on_the_right_changes_nothing(plain):
         model = nnx.merge(graphdef, nest(params))
         return model(padded, segment_ids=segments)[:, :9], model(tokens)
 
-    np.testing.assert_allclose(*jit(both)(params), atol=1e-5)
+    np.testing.assert_allclose(*jax.jit(both)(params), atol=1e-5)
 
 
 def test_every_weight_has_a_gradient(plain):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Array, golden, jit, neva_config, randomise, read_weights
+from helpers import Array, golden, neva_config, randomise, read_weights
 
 from neva_jax.convert import hf
 from neva_jax.inference.generate import greedy
@@ -126,7 +126,7 @@ def test_features_logits_loss_and_gradients(live, name):
     out = theirs(input_ids=padded_ids, pixel_values=torch.tensor(pixels), attention_mask=attention, labels=padded_labels)
     out.loss.backward()
 
-    (loss, (features, _, logits)), grads = jit(jax.value_and_grad(outputs(graphdef, batch), has_aux=True))(params)
+    (loss, (features, _, logits)), grads = jax.jit(jax.value_and_grad(outputs(graphdef, batch), has_aux=True))(params)
     present = np.concatenate([np.arange(features.shape[1]) < (row == IMAGE).sum() // 4 for row in ids])
     np.testing.assert_allclose(np.concatenate(features)[present], out.image_hidden_states.detach().reshape(count, 4, -1), atol=1e-4)
     valid = batch["segment_ids"] > 0
@@ -162,7 +162,7 @@ CASES = ("one_start", "one_mid", "two_imgs")
 def test_golden(llava, answers, case):
     config, graphdef, params = llava
     batch = make_batch([(answers[f"{case}/input_ids"][0], answers[f"{case}/labels"][0])], answers[f"{case}/pixel_values"], config.media_length)
-    loss, (features, _, logits) = jit(outputs(graphdef, batch))(params)
+    loss, (features, _, logits) = jax.jit(outputs(graphdef, batch))(params)
     np.testing.assert_allclose(logits, answers[f"{case}/logits"], atol=1e-4)
     np.testing.assert_allclose(loss, answers[f"{case}/loss"], atol=1e-4)
     if case == "two_imgs":
@@ -181,7 +181,7 @@ def test_what_the_original_llava_computed(llava, case):
         taken = [next(images) for _ in range(max(1, int((ids == -200).sum())))]
         pixels += taken if -200 in ids else []
     batch = make_batch(rows, np.stack(pixels), config.media_length)
-    loss, (_, embeddings, logits) = jit(outputs(graphdef, batch))(params)
+    loss, (_, embeddings, logits) = jax.jit(outputs(graphdef, batch))(params)
     valid = z["out_attention_mask"]
     np.testing.assert_array_equal(batch["segment_ids"] > 0, valid)
     np.testing.assert_allclose(embeddings[valid], z["out_embeds"][valid], atol=1e-5)
@@ -194,7 +194,7 @@ def test_what_the_original_llava_computed(llava, case):
 
 def generate(llava, batch, max_new_tokens=12, stop_id=2):
     _, graphdef, params = llava
-    return np.asarray(jit(lambda params: greedy(graphdef, params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))(params))
+    return np.asarray(jax.jit(lambda params: greedy(graphdef, params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))(params))
 
 
 def prompts(answers, cases):
@@ -259,7 +259,7 @@ def test_a_picture_of_another_row_is_never_seen(llava, answers):
     batch = make_batch([*rows, (np.array([1, 30, 31, 32]), None)], pixels, 16)
     other = batch | {"media": batch["media"].copy()}
     other["media"][1:] += 1.0
-    hidden = jit(lambda params, batch: nnx.merge(graphdef, nest(params))(batch))
+    hidden = jax.jit(lambda params, batch: nnx.merge(graphdef, nest(params))(batch))
     a, b = hidden(params, batch), hidden(params, other)
     np.testing.assert_array_equal(a[jnp.array([0, 2])], b[jnp.array([0, 2])])
     assert not np.allclose(a[1], b[1])
@@ -294,7 +294,7 @@ def test_bf16_is_near_fp32_and_what_must_be_precise_runs_in_fp32(answers):
     config, graphdef, params = our_llava(directory, dtype="bfloat16")
     batch = make_batch([(answers["two_imgs/input_ids"][0], answers["two_imgs/labels"][0])], answers["two_imgs/pixel_values"], 16)
     function = outputs(graphdef, batch)
-    loss, (features, embeddings, logits) = jit(function)(params)
+    loss, (features, embeddings, logits) = jax.jit(function)(params)
     assert (features.dtype, embeddings.dtype, logits.dtype, loss.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32, jnp.float32)
     difference = np.abs(np.asarray(logits) - answers["two_imgs/logits"])
     assert 1e-4 < difference.max() < 0.1 and difference.mean() < 0.02

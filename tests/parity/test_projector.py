@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Array, jit, randomise, read_weights
+from helpers import Array, randomise, read_weights
 
 from neva_jax.convert.hf import projector_rules
 from neva_jax.convert.keymap import KeyMap
@@ -71,7 +71,7 @@ def test_features_and_gradients(kind, grid):
         y = nnx.merge(graphdef, nest(params))(features)
         return jnp.mean(jnp.square(y)), y
 
-    (_, ours), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(ours, out.detach(), atol=1e-5)
     expected = {f"projector.{name}": Array(p.grad.numpy()) for name, p in theirs.named_parameters()}
     for path, grad in grads.items():

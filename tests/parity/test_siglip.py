@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Array, jit, randomise, read_weights
+from helpers import Array, randomise, read_weights
 
 from neva_jax.convert import hf
 from neva_jax.errors import UserError
@@ -49,7 +49,7 @@ def our_siglip(directory, runner=scan_layers, **changes):
 
 
 def features(graphdef, params, media):
-    return np.asarray(jit(lambda params, media: nnx.merge(graphdef, nest(params))(media))(params, media))
+    return np.asarray(jax.jit(lambda params, media: nnx.merge(graphdef, nest(params))(media))(params, media))
 
 
 def pictures(size: int, count: int = 2) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_every_hidden_state_and_gradients(tmp_path, name):
         last = model(media)
         return jnp.sum(last * weight), (jnp.concatenate([start[None], layers]), last)
 
-    (_, (layers, last)), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, (layers, last)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert last.shape[1] == config.num_tokens == (config.image_size // config.patch_size) ** 2
     np.testing.assert_allclose(layers, states, atol=1e-5)
     np.testing.assert_allclose(last, states[-1], atol=1e-5)
@@ -110,9 +110,9 @@ def test_the_selected_layer_and_nothing_above_it(saved, layer, computed):
     directory, media, states = saved
     lengths = []
 
-    def counting(body, stacked, x, side):
-        lengths.append(jax.tree.leaves(stacked)[0].shape[0])
-        return scan_layers(body, stacked, x, side)
+    def counting(body, stacked, x, side, *, first):
+        lengths.append(first)
+        return scan_layers(body, stacked, x, side, first=first)
 
     _, graphdef, params = our_siglip(directory, runner=counting, select_layer=layer)
     poisoned = {path: np.array(w) for path, w in params.items()}
@@ -138,7 +138,7 @@ def test_bytes_are_normalised_on_the_device_as_the_processor_does(saved):
 
 def test_sixteen_bits_and_pictures_of_another_size(saved):
     config, graphdef, params = our_siglip(saved[0], dtype="bfloat16")
-    ours = jit(lambda params: nnx.merge(graphdef, nest(params))(saved[1]))(params)
+    ours = jax.jit(lambda params: nnx.merge(graphdef, nest(params))(saved[1]))(params)
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(ours, np.float32), saved[2][-2], atol=0.15)
     with pytest.raises(ValueError, match=r"H = W = 16; found \[2, 20, 20, 3\]"):

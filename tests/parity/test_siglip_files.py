@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from data.template_tokenizers import extended, open_for
 from flax import nnx
-from helpers import Array, golden, jit, randomise
+from helpers import Array, golden, randomise
 from safetensors.numpy import load_file, save_file
 from test_export import batch_of, llama, load, random_model
 from test_siglip import BASE, PROCESSOR, channels_first, features, our_siglip, pictures, torch_siglip, tower
@@ -203,7 +203,7 @@ def test_a_llava_and_its_processor(exported):
     with torch.no_grad():
         out = theirs(**inputs).logits[0].numpy()
     vocab = config.llm.vocab_size
-    np.testing.assert_allclose(out[:, :vocab], jit(logits)(params)[0, :, :vocab], atol=1e-4)
+    np.testing.assert_allclose(out[:, :vocab], jax.jit(logits)(params)[0, :, :vocab], atol=1e-4)
 
 
 def test_what_they_save_of_it_reads_back_bit_for_bit(exported, tmp_path):

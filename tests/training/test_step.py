@@ -10,11 +10,12 @@ import optax
 import pytest
 from flax import nnx
 
+from neva_jax.layers.linear import matmul_to_fp32
 from neva_jax.layers.rope import Rope
 from neva_jax.models.clip import ClipVisionConfig
 from neva_jax.models.llama import LlamaConfig
 from neva_jax.models.multimodal import NevaConfig, neva
-from neva_jax.training.loss import row_weights, supervised_cross_entropy
+from neva_jax.training.loss import TOKENS, chunk_length, row_weights, supervised_cross_entropy
 from neva_jax.training.optimizer import make_optimizer
 from neva_jax.training.step import init_state, make_eval_step, make_train_step
 from neva_jax.transforms.select import Row, describe, flatten, trainable
@@ -151,6 +152,41 @@ def test_no_logits_beyond_a_chunk():
     text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile().as_text()
     sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+,320)\]", text)]
     assert sizes and max(sizes) <= B * 64 * 320
+
+
+@pytest.mark.parametrize("rows, length, expected", [(32, 64, 64), (4, 2048, 512), (4, 512, 256), (1, 4096, 2048), (128, 1024, 64), (16, 192, 64), (3, 50, 50)])
+def test_chunks_are_as_long_as_memory_allows(rows, length, expected):
+    """A divisor of K; more than CHUNK only up to TOKENS a device, and never all of K."""
+    assert chunk_length(rows, length) == expected
+    assert length % expected == 0 and (expected in (64, length) or expected * rows <= TOKENS and expected < length)
+
+
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_the_heads_gemms_are_in_its_own_dtype(head_trains):
+    """Logits are fp32, and their gradient comes in fp32: left alone it would drag the head into fp32 GEMMs, and a frozen head into its weights' gradient."""
+    hidden, kernel = jnp.ones((2, 3, 16), jnp.bfloat16), jnp.full((16, 20), 0.5, jnp.bfloat16)
+    wrt = (0, 1) if head_trains else 0
+    function = jax.grad(lambda h, k: jnp.sum(jnp.sin(matmul_to_fp32(h, k))), wrt)
+    products = [eqn for eqn in equations(jax.make_jaxpr(function)(hidden, kernel).jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(products) == 2 + head_trains
+    assert {str(var.aval.dtype) for eqn in products for var in eqn.invars} == {"bfloat16"}
+    for found, expected in zip(jax.tree.leaves(function(hidden, kernel)), jax.tree.leaves(jax.grad(lambda h, k: jnp.sum(jnp.sin(h @ k)), wrt)(
+        hidden.astype(jnp.float32), kernel.astype(jnp.float32))), strict=True):  # fmt: skip
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("accumulate_dtype, apart", [(jnp.float32, False), (jnp.bfloat16, True)])
+def test_gradients_are_added_where_their_sums_lie(accumulate_dtype, apart):
+    """No micro-batch has a gradient of its own of the whole stack: inside the loop nothing of its size is made. Beside bf16 sums one is."""
+    graphdef, rows, params, frozen = parts("finetune")
+    optimizer = make_optimizer("sgd", rows, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    train_step = make_train_step(graphdef, optimizer, clip=1.0, num_shards=1, accumulate_dtype=accumulate_dtype)
+    jaxpr = jax.make_jaxpr(train_step)(init_state(params, optimizer), frozen, batch(2), 0.1, jnp.zeros(1, jnp.int32)).jaxpr
+    micro_batches = next(eqn for eqn in equations(jaxpr) if eqn.primitive.name == "scan" and eqn.params["length"] == 2)
+    stacked = params["llm/layers/mlp/up_proj/kernel"].shape
+    made = [eqn for eqn in equations(micro_batches.params["jaxpr"].jaxpr) if any(getattr(v.aval, "shape", None) == stacked for v in eqn.outvars)]
+    assert bool([eqn for eqn in made if eqn.primitive.name not in ("jit", "scan")]) == apart, made
 
 
 def test_clipping_is_by_global_norm_and_the_norm_is_logged_before():
