@@ -1,6 +1,7 @@
 """Tests run on the CPU with 8 fake devices, compiled quickly rather than well; that is said before JAX starts. They find the modules of the
 repository (configs, train) by path."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -22,8 +23,11 @@ filter_environment()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_mesh_is_left():
-    """A run sets its mesh for the whole process; the tests of another file begin without one, in whatever order files come."""
+def as_it_was():
+    """A run sets its mesh and the logs' levels for the whole process; the tests of another file begin without, in whatever order files come."""
+    levels = {name: logging.getLogger(name).level for name in (None, "neva_jax", "train", "__main__")}
     yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     if jax := sys.modules.get("jax"):
         jax.set_mesh(jax.sharding.Mesh(numpy.empty((), object), ()))
