@@ -22,7 +22,6 @@ from neva_jax.checkpoint.base import record_base
 from neva_jax.config import architecture, compare_architecture, to_json
 from neva_jax.errors import UserError
 from neva_jax.evaluation import show
-from neva_jax.inference.generate import greedy
 from neva_jax.parallel.devices import peak_flops
 from neva_jax.parallel.distributed import joined
 from neva_jax.parallel.sharding import batch_sharding
@@ -97,12 +96,23 @@ def story(config, stop: StopRequest) -> dict[str, float]:
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
 
+    ask, e = build_run.build_ask(model, train.examples.encoder), config.evaluation
+
     def validate() -> dict[str, float]:
         batches = validation.batches(0, build_data.num_validation_batches(config, validation))
         sums = [eval_step(state["params"] | state["scales"], frozen, jax.tree.map(put, batch)) for batch in batches]
         total, count = np.sum(jax.device_get(sums), axis=0)
+        if e.num_samples and config.exp_manager.create_tensorboard_logger:
+            answered = ask(state["params"] | state["scales"] | frozen)
+            metrics.picture("samples", step, show.samples(answered, validation.examples, validation.ids, e.num_samples, e.max_new_tokens))
+        scores = evaluate(None) if e.questions and e.every_validation and step < max_steps else {}
         clock.start(step)  # the time of a validation is not a step's
-        return {"val_loss": float(total / max(count, 1))}
+        return {"val_loss": float(total / max(count, 1))} | {f"val_{name}": value for name, value in scores.items()}
+
+    def evaluate(directory) -> dict[str, float]:
+        examples = build_data.build_examples(config, tokenizer, model.config, e.questions)
+        answered = ask(state["params"] | state["scales"] | frozen)
+        return show.evaluate(directory, answered, examples, batch_size=e.batch_size, max_new_tokens=e.max_new_tokens)
 
     # ---- the loop: a step's numbers are read and logged while the next one runs ----------------------------------------------------------------------
     metrics = Metrics(run if first_process else None, first_step=first_step, max_steps=max_steps, tensorboard=config.exp_manager.create_tensorboard_logger)
@@ -147,11 +157,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
         log.info(f"stopped by signal {watch.stopping} at global_step={step}, {saved}")
         stop.agreed = watch.stopping
         return report
-    if config.evaluation.questions:
-        examples = build_data.build_examples(config, tokenizer, model.config, config.evaluation.questions)
-        generate = functools.partial(greedy, model.graphdef, state["params"] | state["scales"] | frozen)
-        report |= show.evaluate(run if first_process else None, generate, examples, batch_size=config.evaluation.batch_size)
-    return report
+    return report | (evaluate(run if first_process else None) if e.questions else {})
 
 
 if __name__ == "__main__":

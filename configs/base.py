@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             "restore_from_path": null(str),  # a .nemo to start from
             "cluster_type": null(str),
             "trainer": trainer(),
-            "evaluation": {"questions": null(str), "batch_size": 64},  # ours: a LLaVA file whose questions are asked when training ends
+            "evaluation": evaluation(),
             "exp_manager": exp_manager() | loggers() | {"checkpoint_callback_params": checkpoint_callback_params()},
             "model": parallelism() | architecture() | recomputation() | fusions() | precision() | miscellaneous(),
         }
@@ -32,6 +32,12 @@ def get_config() -> ConfigDict:
     config.model.update({"mm_cfg": mm_cfg(), "tokenizer": tokenizer(), "data": data(), "energon": energon(), "nsys_profile": nsys_profile()})
     config.model.update({"optim": optim(), "peft": peft()})
     return link(config)
+
+
+def evaluation() -> dict:
+    """Ours. questions: a LLaVA file whose questions are asked when training ends, and with every_validation at every validation too; an answer is right if it
+    is the record's. num_samples: records of the validation that are asked at every validation, with their pictures, for TensorBoard."""
+    return {"questions": null(str), "every_validation": False, "batch_size": 64, "max_new_tokens": 64, "num_samples": 4}
 
 
 def link(config: ConfigDict) -> ConfigDict:

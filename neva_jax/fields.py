@@ -30,7 +30,7 @@ ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what th
 
 HONOURED = (
     {"name", "restore_from_path", "trainer.deterministic"}
-    | paths("evaluation", "questions batch_size")
+    | paths("evaluation", "questions every_validation batch_size max_new_tokens num_samples")
     | ARCHITECTURE
     | paths("trainer", "devices num_nodes precision max_epochs max_steps log_every_n_steps val_check_interval limit_val_batches gradient_clip_val")
     | paths("exp_manager", "explicit_log_dir exp_dir name version use_datetime_version create_tensorboard_logger create_checkpoint_callback")
@@ -235,12 +235,12 @@ POSITIVE = (
     | paths(VISION, "patch_dim hidden_size num_layers num_attention_heads ffn_hidden_size layernorm_epsilon")
     | paths("model.data", "max_media max_bad_images pixel_cache_gib")
     | paths(SCHED, "max_steps d_model")
-    | {f"{CHECKPOINTS}.every_n_train_steps", "model.optim.eps", "evaluation.batch_size"}
+    | {f"{CHECKPOINTS}.every_n_train_steps", "model.optim.eps", "evaluation.batch_size", "evaluation.max_new_tokens"}
 )
 NOT_NEGATIVE = (
     paths("model.optim", "lr weight_decay")
     | paths(SCHED, "warmup_steps constant_steps hold_steps min_lr power decay_rate")
-    | {"trainer.gradient_clip_val", "model.data.num_workers", "model.seed"}
+    | {"trainer.gradient_clip_val", "model.data.num_workers", "model.seed", "evaluation.num_samples"}
 )
 
 

@@ -1,10 +1,13 @@
 """A model to ask, from Python: `vlm = neva_jax.from_pretrained(PATH)`, then `vlm.generate(["What is this? <image>"], [["cat.jpg"]])`.
 
-PATH: a run of ours, a Hugging Face directory, a .nemo file or directory. Given up for now: sampling, a key/value cache (see inference/generate.py).
+PATH: a run of ours, a Hugging Face directory, a .nemo file or directory.
 """
 
 import dataclasses
 import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -15,99 +18,144 @@ from jax.sharding import Mesh
 
 from neva_jax.build.data import build_encoder
 from neva_jax.build.model import build_model, image_processor
-from neva_jax.build.opened import open_model
+from neva_jax.build.opened import Opened, open_model
 from neva_jax.convert.source import PARTS
-from neva_jax.data.conversation import PLACEHOLDER, TEMPLATES, render
-from neva_jax.data.encoder import Encoder
-from neva_jax.data.example import Example
-from neva_jax.data.image import ImageProcessor
-from neva_jax.data.pipeline import pad_examples
-from neva_jax.data.plan import Bucket
-from neva_jax.data.tokenize import IGNORE, encode
+from neva_jax.data.prompt import Processor, Prompt
 from neva_jax.errors import UserError
-from neva_jax.inference.generate import greedy
-from neva_jax.models.multimodal import MultimodalModel
+from neva_jax.inference.answers import Answer, Speaker
+from neva_jax.inference.generate import GRAIN, row_keys, set_apart, stack
+from neva_jax.inference.sampling import Sampling
+from neva_jax.models.multimodal import MultimodalModel, NevaConfig
 from neva_jax.parallel.mesh import make_mesh
 from neva_jax.transforms.select import nest
 
-GRAIN = 64  # lengths are padded to a multiple, so that few programs are compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Processor:
-    """Prompts and pictures -> a batch for the model. encoder, image_processor: those of the model's training."""
-
-    encoder: Encoder
-    image_processor: ImageProcessor
-
-    def __call__(self, prompts: list[str], images=None, *, room: int = 0) -> dict[str, np.ndarray]:
-        """prompts: texts, with an <image> where a picture stands (pictures without one come first); images: for each prompt a list of files or of encoded
-        bytes -> tokens, segment_ids, position_ids, media_index int32[B, T], media uint8[B, N, H, W, 3]; rows are padded on the right, by at least `room`."""
-        images = images or [()] * len(prompts)
-        if len(images) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts and pictures for {len(images)}; give one list of pictures a prompt, empty for none")
-        rows = [self._example(text, pictures, f"prompt {i}") for i, (text, pictures) in enumerate(zip(prompts, images, strict=True))]
-        length = -(-(max(len(row.tokens) for row in rows) + room) // GRAIN) * GRAIN
-        no_media = np.zeros((0, *self.image_processor.crop_size, 3), np.uint8)
-        batch = pad_examples(rows, Bucket(length, 1, max(len(row.media) for row in rows)), no_media)
-        return {name: batch[name] for name in ("tokens", "segment_ids", "position_ids", "media_index", "media")}
-
-    def _example(self, text: str, pictures, where: str) -> Example:
-        tags = text.count(PLACEHOLDER)
-        if tags not in (0, len(pictures)):
-            raise UserError(f"{where} has {tags} {PLACEHOLDER} and {len(pictures)} pictures; give as many, or no {PLACEHOLDER} to put them first")
-        text = text if tags else f"{PLACEHOLDER}\n" * len(pictures) + text
-        stream = encode(render(self.encoder.template, (("human", text),)), self.encoder.tokenizer, self.encoder.special, self.encoder.media_length)
-        media = [self.image_processor(p if isinstance(p, bytes) else Path(p).read_bytes(), f"{where}: picture {i}") for i, p in enumerate(pictures)]
-        media = np.stack(media) if media else np.zeros((0, *self.image_processor.crop_size, 3), np.uint8)
-        return Example(stream.ids, np.full(len(stream.ids), IGNORE, np.int32), stream.media_index, media)
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Vlm:
-    """params: {path: array}, each on its devices; model: the module with them. scratch: files of the tokenizer, which go with this object."""
+    """config: shapes and numbers. processor: prompts and pictures -> what the model reads. max_length: positions that the model was made for.
 
+    Prompts, everywhere: a text, with an <image> where a picture stands (pictures without one come first); a conversation, [{"from": "human", "value": ...},
+    {"from": "gpt", ...}, ...], that ends with a question; or token ids, which are read as they are. Pictures: for each prompt a list of files, encoded bytes,
+    PIL pictures or arrays (uint8[H, W, 3], or float32 that is normalised already). Options: the fields of inference/sampling.py's Sampling.
+    Not for several threads at once. Raises UserError, which names the prompt, for what cannot be asked.
+    """
+
+    config: NevaConfig
     graphdef: nnx.GraphDef
-    params: dict[str, jax.Array]
+    speaker: Speaker
     processor: Processor
     mesh: Mesh
-    scratch: object
+    max_length: int
+    scratch: object  # files of the tokenizer, which go with this object
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """{path: array}, layers stacked: a copy of the language model's, made anew each time."""
+        return stack(self.speaker.weights)
 
     @functools.cached_property
     def model(self) -> MultimodalModel:
+        """The module with its weights (see `params`)."""
         return nnx.merge(self.graphdef, nest(self.params))
 
-    def generate(self, prompts: list[str], images=None, *, max_new_tokens: int = 64) -> list[str]:
-        """The likeliest answer to each prompt. prompts, images: see Processor."""
-        encoder = self.processor.encoder
-        stop = TEMPLATES[encoder.template].stop
-        stop_id = encoder.special.control(stop)
-        stop_id = encoder.tokenizer.encode(stop, start=False)[0][-1] if stop_id is None else stop_id
-        batch = self.processor(prompts, images, room=max_new_tokens)
-        with jax.set_mesh(self.mesh):
-            ids = np.asarray(greedy(self.graphdef, self.params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
-        silent = {stop_id, encoder.tokenizer.bos_id, encoder.tokenizer.eos_id, encoder.tokenizer.pad_id, encoder.tokenizer.unk_id}
-        return [encoder.tokenizer.decode([i for i in row if i not in silent]).strip() for row in ids]
+    def render(self, prompt, num_images: int = 0) -> str:
+        """A prompt as the model reads it."""
+        return self.processor.read(prompt, num_images, "the prompt").text
+
+    def generate(self, prompts: Sequence, images=None, *, seed: int = 0, batch_size: int = 8, **options) -> list[str]:
+        """The text of each answer. seed: of draws, where temperature is above 0; an answer depends on it and on its prompt's number, not on the batch."""
+        return [answer.text for answer in self.answers(prompts, images, seed=seed, batch_size=batch_size, **options)]
+
+    def answers(self, prompts: Sequence, images=None, *, seed: int = 0, batch_size: int = 8, **options) -> list[Answer]:
+        """Texts, tokens, log-probabilities. batch_size: rows at a time; prompts of like length and as many pictures stand together."""
+        sampling = Sampling(**options)
+        read = self._read(prompts, images, sampling)
+        answers: list = [None] * len(read)
+        order = sorted(range(len(read)), key=lambda i: (len(read[i].images), len(read[i].ids)))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = batch_size if len(order) > batch_size else len(order)  # so that the last batch compiles nothing
+            batch = self._batch([read[i] for i in chosen], width)
+            limits = [self._limit(read[i], sampling) for i in chosen] + [1] * (width - len(chosen))
+            keys = row_keys(seed, np.array(chosen + [0] * (width - len(chosen))))
+            for i, answer in zip(chosen, self.speaker.answers(batch, sampling, keys, limits), strict=False):
+                answers[i] = answer
+        return answers
+
+    def stream(self, prompt, images=(), *, seed: int = 0, **options) -> Iterator[str]:
+        """One answer's text, piece by piece, as it comes: the same as `generate`'s."""
+        sampling = Sampling(**options)
+        (read,) = self._read([prompt], [images], sampling)
+        yield from self.speaker.stream(self._batch([read], 1), sampling, row_keys(seed, np.array([0])), [self._limit(read, sampling)])
+
+    def _read(self, prompts, images, sampling: Sampling) -> list[Prompt]:
+        if isinstance(prompts, str | dict):
+            raise UserError(f"prompts is one {type(prompts).__name__}, expected a list; write [{prompts!r:.60}]")
+        images = [()] * len(prompts) if images is None else images
+        if len(images) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and pictures for {len(images)}; give one list of pictures a prompt, empty for none")
+        read = [self.processor.read(prompt, pictures, f"prompt {i}") for i, (prompt, pictures) in enumerate(zip(prompts, images, strict=True))]
+        for i, prompt in enumerate(read):
+            if len(prompt.ids) >= self.max_length:
+                pictures = f", {len(prompt.images)} pictures of {self.processor.media_length} among them" if prompt.images else ""
+                raise UserError(
+                    f"prompt {i} takes {len(prompt.ids)} positions{pictures}, and the model was made for {self.max_length} (model.encoder_seq_length) "
+                    "with the answer; shorten it, or ask with fewer pictures"
+                )
+        if short := [i for i, prompt in enumerate(read) if self._limit(prompt, sampling) < sampling.max_new_tokens]:
+            room = self._limit(read[short[0]], sampling)
+            log.warning(f"prompt {short[0]}: room for {room} of {sampling.max_new_tokens} new tokens: the model was made for {self.max_length} positions")
+        return read
+
+    def _limit(self, prompt: Prompt, sampling: Sampling) -> int:
+        return min(sampling.max_new_tokens, self.max_length - len(prompt.ids))
+
+    def _batch(self, prompts: list[Prompt], width: int) -> dict[str, np.ndarray]:
+        return self.processor.batch(prompts, width, -(-max(len(prompt.ids) for prompt in prompts) // GRAIN) * GRAIN)
 
 
 def from_pretrained(
-    path: str | Path, *, bases=(), tokenizer: str | None = None, conv_template: str | None = None, dtype: str = "bfloat16", tensor_parallel: int = 1,
+    path: str | Path, *, bases=(), tokenizer: str | None = None, conv_template: str | None = None, dtype: str | None = None, tensor_parallel: int = 1,
     devices=None,
 ) -> Vlm:  # fmt: skip
     """A model in any format. bases: paths of models that have what this one lacks; conv_template: instead of the model's own. dtype: of weights and
-    computation, float32 or bfloat16. tensor_parallel: devices that share each weight, of `devices` (default: one, or as many); each reads only its slices.
-    Raises UserError for what is no whole model, by one sentence that says what is missing.
+    computation, float32 or bfloat16 (None: bfloat16, but on a CPU, which is slow in it, float32). tensor_parallel: devices that share each weight, of
+    `devices` (default: one, or as many); each reads only its slices. A model without a tokenizer answers token ids alone. Raises UserError for what is no
+    whole model, by one sentence that says what is missing.
     """
+    if tensor_parallel > jax.device_count():
+        raise UserError(f"tensor_parallel is {tensor_parallel}, JAX sees {jax.device_count()} ({jax.devices()[0].platform}); give at most as many")
     found = open_model(path, bases=bases, tokenizer=tokenizer, template=conv_template, field="from_pretrained")
     found.arrays(PARTS)  # all there, all of the right shape
-    if found.tokenizer is None or found.template is None:
-        missing = "tokenizer" if found.tokenizer is None else "conv_template"
-        raise UserError(f"{path}: no {missing} is in it; give {missing}=...")
+    devices = devices or jax.devices()[:tensor_parallel]
+    dtype = dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
     llm, vision = (dataclasses.replace(config, dtype=dtype) for config in (found.neva.llm, found.neva.vision))
     config = dataclasses.replace(found.neva, llm=dataclasses.replace(llm, residual_dtype=dtype), vision=vision)
-    mesh = make_mesh(tensor=tensor_parallel, devices=devices or jax.devices()[:tensor_parallel])
+    mesh = make_mesh(tensor=tensor_parallel, devices=devices)
     found.config.model.trainable = (("", 0.5, None),)  # which of the weights would train is of no matter here
     model = build_model(found.config, config, mesh)
     targets = {name: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=model.shardings[name]) for name, w in model.weights.items()}
-    processor = Processor(build_encoder(found.config, found.tokenizer, config), image_processor(found.config))
-    return Vlm(model.graphdef, found.load(targets), processor, mesh, found.scratch)
+    weights = set_apart(model.graphdef, found.load(targets), mesh)
+    encoder, (image_id, ends) = None, _ids_of(found)
+    missing = "tokenizer" if found.tokenizer is None else "conv_template" if found.template is None else None
+    if missing is None:
+        encoder = build_encoder(found.config, found.tokenizer, config)
+    ids, texts = encoder.stops if encoder else ((), ())
+    speaker = Speaker(weights, found.tokenizer, tuple(dict.fromkeys([*ids, *ends])), texts)
+    lacking = f"{path}: no {missing} is in it, so that only token ids can be asked; give {missing}=..." if missing else ""
+    processor = Processor(encoder, image_processor(found.config), config.media_length, config.llm.vocab_size, image_id, lacking)
+    return Vlm(config, model.graphdef, speaker, processor, mesh, found.config.model.encoder_seq_length, found.scratch)
+
+
+def _ids_of(found: Opened) -> tuple[int | None, tuple[int, ...]]:
+    """What a Hugging Face directory's own files say: the id that stands for a picture, and those that end an answer."""
+    if found.format != "hf":
+        return None, ()
+    files = [json.loads(file.read_text()) for name in ("generation_config.json", "config.json") if (file := found.path / name).is_file()]
+    texts = [part for file in files for part in (file, file.get("text_config") or {})]
+    default = 2 if found.tokenizer is None else ()  # Llama's own
+    ends = next((part["eos_token_id"] for part in texts if part.get("eos_token_id") is not None), default)
+    image = next((part[name] for part in files for name in ("image_token_index", "image_token_id") if part.get(name) is not None), None)
+    return image, tuple(ends) if isinstance(ends, list | tuple) else (ends,)

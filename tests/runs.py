@@ -16,7 +16,7 @@ from neva_jax.checkpoint.manager import load_tree, saved_paths
 TINY = {
     "trainer.max_steps": 6, "trainer.log_every_n_steps": 1, "trainer.val_check_interval": 100, "trainer.limit_val_batches": 1,
     "model.num_layers": 1, "model.hidden_size": 16, "model.ffn_hidden_size": 32, "model.num_attention_heads": 2, "model.micro_batch_size": 4,
-    "model.global_batch_size": 4, "model.data.buckets": (128,), "model.optim.sched.warmup_steps": 2, "evaluation.questions": None,
+    "model.global_batch_size": 4, "model.data.buckets": (128,), "model.optim.sched.warmup_steps": 2, "evaluation.questions": None, "evaluation.num_samples": 0,
     "model.mm_cfg.vision_encoder.hidden_size": 16, "model.mm_cfg.vision_encoder.num_layers": 1, "model.mm_cfg.vision_encoder.ffn_hidden_size": 32,
     "model.mm_cfg.vision_encoder.num_attention_heads": 2, "model.mm_cfg.vision_encoder.patch_dim": 16, "exp_manager.create_tensorboard_logger": False,
 }  # fmt: skip

@@ -18,7 +18,7 @@ FLOORS = [
     {"fields", "hub", "mesh_sizes"},
     {"config"},
     {"build"},
-    {"cli"},
+    {"cli", "vlm"},
 ]
 FLOOR = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
 TOP = len(FLOORS)  # what a person runs: every other file at the root, train.py, convert_torch.py

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,6 +20,9 @@ from neva_jax.build.model import Model
 from neva_jax.checkpoint.manager import Checkpoints
 from neva_jax.config import check_parallel, to_json
 from neva_jax.errors import UserError
+from neva_jax.inference.answers import Speaker
+from neva_jax.inference.generate import Weights, row_keys
+from neva_jax.inference.sampling import Sampling
 from neva_jax.parallel.distributed import check_processes, check_same, check_shared, from_first
 from neva_jax.parallel.mesh import batch_shards, make_mesh
 from neva_jax.parallel.sharding import also_over_data, replicated
@@ -80,6 +84,24 @@ def _all_devices(config: ConfigDict) -> list:
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
     check_processes(jax.device_count() if devices in (-1, "auto") else devices * nodes, nodes)
     return jax.devices()
+
+
+def build_ask(model: Model, encoder):
+    """-> weights {path: array} -> what asks them: (batch, max_new_tokens) -> texts, one a row, greedy. encoder: of the prompts."""
+
+    def ask(weights: dict[str, jax.Array]):
+        speaker = Speaker(Weights(model.graphdef, weights, has_cache=model.pipeline.stages == 1), encoder.tokenizer, *encoder.stops)
+
+        def generate(batch: dict, max_new_tokens: int) -> list[str]:
+            rows = len(batch["tokens"])
+            wider = rows + -rows % model.pipeline.stages  # what virtual stages take
+            batch = {name: np.resize(field, (wider, *field.shape[1:])) for name, field in batch.items()}
+            answers = speaker.answers(batch, Sampling(max_new_tokens), row_keys(0, np.arange(wider)))
+            return [answer.text for answer in answers[:rows]]
+
+        return generate
+
+    return ask
 
 
 def build_optimizer(config: ConfigDict, model: Model):

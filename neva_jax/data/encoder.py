@@ -51,6 +51,15 @@ class Encoder:
         return SpecialIds.of(self.tokenizer, self.template, use_im_start_end=self.use_im_start_end, model_type=self.model_type)
 
     @property
+    def stops(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The ids and the texts that end an answer: the template's own stop, and in any case the tokenizer's end of sequence."""
+        stop = TEMPLATES[self.template].stop
+        number, eos = self.special.control(stop), self.tokenizer.eos_id
+        ids = {number: None} if number is not None else {}
+        ids |= {eos: None} if eos is not None and eos >= 0 else {}
+        return tuple(ids), () if number is not None else (stop,)
+
+    @property
     def limit(self) -> int:
         """ids at most."""
         return self.max_length + self.extra_token

@@ -80,7 +80,7 @@ def collate(width: int, no_media: np.ndarray, items: list[tuple[Example | UserEr
 
 
 def pad_examples(examples: list[Example | None], bucket: Bucket, no_media: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of a batch, [B, ...] each. None gives an empty row: one token, nothing supervised."""
+    """Rows of a batch, [B, ...] each. None gives an empty row: one token, nothing supervised. no_media: [0, H, W, 3] in the dtype of pictures."""
     count, length = len(examples), bucket.tokens
     batch = {
         "tokens": np.zeros((count, length), np.int32),
@@ -90,7 +90,7 @@ def pad_examples(examples: list[Example | None], bucket: Bucket, no_media: np.nd
         "segment_ids": np.zeros((count, length), np.int32),
         "media_index": np.full((count, length), -1, np.int32),
         "supervised_positions": np.full((count, bucket.supervised), -1, np.int32),
-        "media": np.zeros((count, bucket.media, *no_media.shape[1:]), np.uint8),
+        "media": np.zeros((count, bucket.media, *no_media.shape[1:]), no_media.dtype),
         "bad_image": np.zeros(count, np.int32),
     }
     for row, example in enumerate(examples):

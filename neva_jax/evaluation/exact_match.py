@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from neva_jax.data.conversation import PLACEHOLDER, TEMPLATES, render
+from neva_jax.data.conversation import PLACEHOLDER, render
 from neva_jax.data.example import Example, Examples
 from neva_jax.data.pipeline import pad_examples
 from neva_jax.data.plan import Bucket
@@ -24,24 +24,22 @@ class Question:
     media: np.ndarray
 
 
-def questions_of(examples: Examples):
-    """Every question of every record, in order."""
-    for index in range(len(examples)):
+def questions_of(examples: Examples, indices=None) -> list[Question]:
+    """Every question of every record, or of those, in order."""
+    questions = []
+    for index in range(len(examples)) if indices is None else indices:
         record = examples.record(index)
         media = examples[index].media
         tags = f"{PLACEHOLDER}\n" * len(record.images)
         for question, answer in zip(record.turns[::2], record.turns[1::2], strict=False):
-            yield Question(index, tags + question.text.replace(PLACEHOLDER, "").strip(), answer.text, media)
+            questions.append(Question(index, tags + question.text.replace(PLACEHOLDER, "").strip(), answer.text, media))
+    return questions
 
 
-def answer(generate, examples: Examples, questions: list[Question], *, batch_size: int = 64, max_new_tokens: int = 16) -> list[str]:
-    """The model's answer to each question, asked alone under the examples' template. generate(batch, max_new_tokens=, stop_id=) -> ids: see inference/."""
-    encoder, tokenizer = examples.encoder, examples.encoder.tokenizer
-    stop = TEMPLATES[encoder.template].stop
-    stop_id = encoder.special.control(stop)
-    stop_id = tokenizer.encode(stop, start=False)[0][-1] if stop_id is None else stop_id
+def answer(generate, examples: Examples, questions: list[Question], *, batch_size: int = 64, max_new_tokens: int = 64) -> list[str]:
+    """The model's answer to each question, asked alone under the examples' template. generate(batch, max_new_tokens) -> texts, one a row."""
     prompts = [_prompt(examples, question) for question in questions]
-    length = -(-(max(len(p.tokens) for p in prompts) + max_new_tokens) // GRAIN) * GRAIN
+    length = -(-max((len(p.tokens) for p in prompts), default=1) // GRAIN) * GRAIN
     answers: list[str] = [""] * len(prompts)
     order = np.argsort([len(p.media) for p in prompts], kind="stable")  # rows with as many pictures stand together
     for start in range(0, len(order), batch_size):
@@ -50,9 +48,8 @@ def answer(generate, examples: Examples, questions: list[Question], *, batch_siz
         rows = [prompts[i] for i in chosen] + [None] * (batch_size - len(chosen))
         batch = pad_examples(rows, bucket, examples.no_media)
         batch = {name: batch[name] for name in ("tokens", "segment_ids", "position_ids", "media_index", "media")}
-        ids = np.asarray(generate(batch, max_new_tokens=max_new_tokens, stop_id=stop_id))
-        for i, row in zip(chosen, ids, strict=False):
-            answers[i] = tokenizer.decode([t for t in row if t != stop_id]).strip()
+        for i, text in zip(chosen, generate(batch, max_new_tokens), strict=False):
+            answers[i] = text
     return answers
 
 

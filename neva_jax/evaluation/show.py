@@ -52,18 +52,32 @@ def batch_sheet(batch: dict[str, np.ndarray], tokenizer, count: int = 8) -> np.n
     return sheet(cells)
 
 
-def evaluate(run: Path | None, generate, examples: Examples, *, batch_size: int, num_shown: int = 24) -> dict[str, float]:
+def samples(generate, examples: Examples, ids, count: int, max_new_tokens: int) -> np.ndarray:
+    """The first question of `count` records of `ids`, from the first to the last, as the model answers it now -> uint8[H, W, 3]: pictures, question, answer
+    (green where it is right), truth. generate: see exact_match.answer."""
+    chosen = sorted({int(ids[int(i)]) for i in np.linspace(0, len(ids) - 1, count)})
+    questions = [question for i in chosen for question in exact_match.questions_of(examples, [i])[:1]]
+    answers = exact_match.answer(generate, examples, questions, batch_size=count, max_new_tokens=max_new_tokens)
+    return sheet([(list(question.media), _question_runs(row)) for question, row in zip(questions, _rows(questions, answers), strict=True)])
+
+
+def _rows(questions: list[exact_match.Question], answers: list[str]) -> list[dict]:
+    right = [exact_match.matches(a, q.truth) for a, q in zip(answers, questions, strict=True)]
+    return [{"index": q.index, "question": q.text, "answer": a, "truth": q.truth, "right": r} for q, a, r in zip(questions, answers, right, strict=True)]
+
+
+def evaluate(run: Path | None, generate, examples: Examples, *, batch_size: int, max_new_tokens: int, num_shown: int = 24) -> dict[str, float]:
     """Asks every question of `examples`, writes evaluation.json and answers.png (wrong answers first) into the run and logs a few answers.
 
     generate: see exact_match.answer. run None: another process writes.
     """
-    questions = list(exact_match.questions_of(examples))
-    answers = exact_match.answer(generate, examples, questions, batch_size=batch_size)
+    questions = exact_match.questions_of(examples)
+    answers = exact_match.answer(generate, examples, questions, batch_size=batch_size, max_new_tokens=max_new_tokens)
     scores = exact_match.score(answers, questions)
     if run is None:
         return scores
-    right = [exact_match.matches(a, q.truth) for a, q in zip(answers, questions, strict=True)]
-    rows = [{"index": q.index, "question": q.text, "answer": a, "truth": q.truth, "right": r} for q, a, r in zip(questions, answers, right, strict=True)]
+    rows = _rows(questions, answers)
+    right = [row["right"] for row in rows]
     (run / "evaluation.json").write_text(json.dumps({**scores, "answers": rows}, indent=1))
     spread = [int(i) for i in np.linspace(0, len(rows) - 1, num_shown)]
     shown = ([i for i, r in enumerate(right) if not r][: num_shown // 3] + [i for i in spread if right[i]])[:num_shown]

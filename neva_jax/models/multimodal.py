@@ -35,13 +35,15 @@ class MultimodalModel(nnx.Module):
             embeddings = gather(self.projector(self.vision_encoder(flat)))
         return constrain(embeddings.reshape(batch, num_media, *embeddings.shape[1:]), "batch", None, None, None)
 
-    def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
-        """batch: tokens, position_ids, segment_ids, media_index int32[B, T]; media [B, N, ...] -> hidden [B, T, D], for `llm.logits`."""
+    def embed(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """batch: tokens, position_ids, segment_ids, media_index int32[B, T]; media [B, N, ...] -> embeddings [B, T, D] of texts and media."""
         _check(batch)
         embeddings = self.llm.embed(batch["tokens"])
-        if batch["media"].shape[1]:
-            embeddings = fuse(embeddings, self.encode(batch["media"]), batch["media_index"])
-        return self.llm.decode(embeddings, batch["position_ids"], batch["segment_ids"])
+        return fuse(embeddings, self.encode(batch["media"]), batch["media_index"]) if batch["media"].shape[1] else embeddings
+
+    def __call__(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """batch: see `embed` -> hidden [B, T, D], for `llm.logits`."""
+        return self.llm.decode(self.embed(batch), batch["position_ids"], batch["segment_ids"])
 
 
 @dataclasses.dataclass(frozen=True)

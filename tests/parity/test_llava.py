@@ -8,7 +8,9 @@ from flax import nnx
 from helpers import Array, golden, neva_config, randomise, read_weights
 
 from neva_jax.convert import hf
-from neva_jax.inference.generate import greedy
+from neva_jax.inference.generate import Weights, set_apart
+from neva_jax.inference.generate import generate as generate_ids
+from neva_jax.inference.sampling import Sampling
 from neva_jax.models.fusion import fuse
 from neva_jax.models.multimodal import neva
 from neva_jax.training.loss import row_weights, supervised_cross_entropy
@@ -193,8 +195,17 @@ def test_what_the_original_llava_computed(llava, case):
 
 
 def generate(llava, batch, max_new_tokens=12, stop_id=2):
+    """With a cache, its layers in a stack and apart, and without one: the same tokens."""
     _, graphdef, params = llava
-    return np.asarray(jax.jit(lambda params: greedy(graphdef, params, batch, max_new_tokens=max_new_tokens, stop_id=stop_id))(params))
+
+    def weights(**options):
+        return Weights(graphdef, jax.tree.map(jnp.asarray, params), **options)
+
+    ways = weights(), weights(has_cache=False), set_apart(graphdef, weights().params)
+    found = [generate_ids(way, batch, Sampling(max_new_tokens), (stop_id,)) for way in ways]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    return found[0]
 
 
 def prompts(answers, cases):
@@ -204,13 +215,13 @@ def prompts(answers, cases):
 def test_greedy_answers_alone(llava, answers):
     for case in CASES:
         assert answers[f"{case}/gen_margins"].min() > 1e-3, "no tie that rounding could turn"
-        batch = make_batch(*prompts(answers, [case]), 16, length=len(answers[f"{case}/input_ids"][0]) + 12)
+        batch = make_batch(*prompts(answers, [case]), 16)
         np.testing.assert_array_equal(generate(llava, batch)[0], answers[f"{case}/generated"], err_msg=case)
 
 
 def test_greedy_answers_in_one_batch_with_a_text_only_row(llava, answers):
     rows, pixels = prompts(answers, CASES)
-    alone = make_batch([(np.array([1, 30, 31, 32]), None)], pixels[:0], 16, length=16, max_media=0)
+    alone = make_batch([(np.array([1, 30, 31, 32]), None)], pixels[:0], 16, max_media=0)
     batch = make_batch([*rows[:2], (np.array([1, 30, 31, 32]), None), rows[2]], pixels, 16, length=60)
     together = generate(llava, batch)
     for row, case in ((0, "one_start"), (1, "one_mid"), (3, "two_imgs")):
@@ -219,13 +230,13 @@ def test_greedy_answers_in_one_batch_with_a_text_only_row(llava, answers):
 
 
 def test_greedy_stops_at_the_stop_token(llava, answers):
-    """Another token plays the part of the end: all that comes after it is it again, and other rows go on."""
+    """Another token plays the part of the end: nothing comes after it, and other rows go on."""
     generated = answers["one_mid/generated"]
     stop = int(generated[4])
     batch = make_batch(*prompts(answers, CASES[:2]), 16, length=45)
     assert stop not in answers["one_start/generated"] and stop not in generated[:4]
     out = generate(llava, batch, stop_id=stop)
-    np.testing.assert_array_equal(out, [answers["one_start/generated"], [*generated[:4], *[stop] * 8]])
+    np.testing.assert_array_equal(out, [answers["one_start/generated"], [*generated[:5], *[-1] * 7]])
 
 
 # ---- fusion ------------------------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""What a run shows of its answers while it trains: a page of pictures with questions, answers and truths at every validation, and a score if asked for."""
+
+import json
+
+import pytest
+from runs import run
+from tensorboardX.proto.event_pb2 import Event
+
+from configs.quickstart import DIGITS
+from neva_jax.evaluation import exact_match, show
+from neva_jax.training.metrics import Metrics
+
+
+@pytest.fixture
+def questions(tmp_path):
+    records = json.loads((DIGITS / "test.json").read_text())[:6]
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    return {"evaluation__questions": str(tmp_path / "questions.json"), "evaluation__batch_size": 4, "evaluation__max_new_tokens": 3}
+
+
+def pictures_of(directory):
+    """[(name, step)] of the run's TensorBoard file, read by its framing: length, checksum, event, checksum."""
+    (path,) = (directory / "tensorboard").glob("events*")
+    data, found = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        found += [(value.tag, event.step) for value in event.summary.value if value.HasField("image")]
+        data = data[16 + size :]
+    return found
+
+
+def test_samples_and_scores_at_every_validation(tmp_path, questions, monkeypatch):
+    shown, picture = [], Metrics.picture
+    monkeypatch.setattr(Metrics, "picture", lambda self, name, step, page: (shown.append((name, step, page)), picture(self, name, step, page))[1])
+    often = {"evaluation__num_samples": 3, "evaluation__every_validation": True, "trainer__val_check_interval": 2}
+    report = run(tmp_path / "run", **questions, **often, exp_manager__create_tensorboard_logger=True)
+    assert pictures_of(tmp_path / "run") == [("training_pictures", 0), ("samples", 2), ("samples", 4), ("samples", 6)]
+    assert all(page.ndim == 3 and page.std() > 10 for _, _, page in shown)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    count = report["num_questions"]
+    assert {row["global_step"]: row["val_num_questions"] for row in rows if "val_num_questions" in row} == {2: count, 4: count}, "the last is evaluation.json's"
+    assert all(0 <= row["val_accuracy"] <= 100 for row in rows if "val_accuracy" in row)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["accuracy"] == report["accuracy"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"model__pipeline_model_parallel_size": 2, "model__num_layers": 2, "trainer__devices": 2},
+    {"model__tensor_model_parallel_size": 2, "model__fsdp_parallel_size": 2, "trainer__devices": 4, "model__micro_batch_size": 2},
+    {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2, "model__num_layers": 4, "trainer__devices": 2,
+     "model__pipeline_round_size": 2, "model__micro_batch_size": 2},
+], ids=["pipeline", "tensor and fsdp", "virtual stages"])  # fmt: skip
+def test_a_mesh_answers_as_one_device_does(tmp_path, questions, changes):
+    """With a learning rate of 0, so that the weights are the first ones: the very answers, with and without a cache."""
+    still = {"model__optim__lr": 0.0, "model__optim__sched__min_lr": 0.0, "model__optim__sched__warmup_steps": 1, "trainer__max_steps": 2}
+    still |= {"model__data__validation": None}
+    alike = {name: changes[name] for name in ("model__num_layers", "model__micro_batch_size", "model__make_vocab_size_divisible_by") if name in changes}
+    run(tmp_path / "one", **questions, **still, **alike, trainer__devices=1)
+    run(tmp_path / "mesh", **questions, **still, **changes)
+    one, mesh = (json.loads((tmp_path / name / "evaluation.json").read_text())["answers"] for name in ("one", "mesh"))
+    assert [row["answer"] for row in mesh] == [row["answer"] for row in one] and len({row["answer"] for row in one}) > 1
+
+
+def test_a_few_records_from_first_to_last(monkeypatch):
+    asked = []
+
+    def questions_of(examples, indices):
+        asked.extend(indices)
+        return [exact_match.Question(indices[0], "Which?", "three", []), None]
+
+    monkeypatch.setattr(exact_match, "questions_of", questions_of)
+    monkeypatch.setattr(exact_match, "answer", lambda generate, examples, questions, **options: ["Three."] * len(questions))
+    assert show.samples(None, None, range(10, 90), 3, 8).shape[0] > 0 and asked == [10, 49, 89]
