@@ -17,6 +17,7 @@ from neva_jax.build import data as build_data
 from neva_jax.build import model as build_model
 from neva_jax.build import run as build_run
 from neva_jax.build.export import save_processor
+from neva_jax.build.score import build_score
 from neva_jax.build.weights import start_weights
 from neva_jax.checkpoint.base import record_base
 from neva_jax.config import architecture, compare_architecture, to_json
@@ -63,6 +64,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
     train, validation = build_data.build_data(config, tokenizer, model.config, mesh)
     max_steps, size = build_data.num_steps(config, train), train.global_batch_size
     log.info(build_data.describe_data(train, validation, max_steps))
+    e, ask, score = config.evaluation, build_run.build_ask(model, train.examples.encoder), build_score(config, tokenizer, model.config)
 
     # ---- state: 1. this run's newest checkpoint, 2. restore_from_path, 3. from_pretrained towers, 4. scratch (2-4: see build/weights.py) ----------
     checkpoints = build_run.build_checkpoints(config, run)
@@ -96,23 +98,18 @@ def story(config, stop: StopRequest) -> dict[str, float]:
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     peak = peak_flops(mesh.devices.flat[0].device_kind)
 
-    ask, e = build_run.build_ask(model, train.examples.encoder), config.evaluation
-
     def validate() -> dict[str, float]:
         batches = validation.batches(0, build_data.num_validation_batches(config, validation))
         sums = [eval_step(state["params"] | state["scales"], frozen, jax.tree.map(put, batch)) for batch in batches]
         total, count = np.sum(jax.device_get(sums), axis=0)
         if e.num_samples and config.exp_manager.create_tensorboard_logger:
-            answered = ask(state["params"] | state["scales"] | frozen)
-            metrics.picture("samples", step, show.samples(answered, validation.examples, validation.ids, e.num_samples, e.max_new_tokens))
-        scores = evaluate(None) if e.questions and e.every_validation and step < max_steps else {}
+            metrics.picture("samples", step, show.samples(ask(weights()), validation.examples, validation.ids, e.num_samples, e.max_new_tokens))
+        scores = score(ask(weights()), None) if score and e.every_validation and step < max_steps else {}
         clock.start(step)  # the time of a validation is not a step's
         return {"val_loss": float(total / max(count, 1))} | {f"val_{name}": value for name, value in scores.items()}
 
-    def evaluate(directory) -> dict[str, float]:
-        examples = build_data.build_examples(config, tokenizer, model.config, e.questions)
-        answered = ask(state["params"] | state["scales"] | frozen)
-        return show.evaluate(directory, answered, examples, batch_size=e.batch_size, max_new_tokens=e.max_new_tokens)
+    def weights() -> dict:
+        return state["params"] | state["scales"] | frozen
 
     # ---- the loop: a step's numbers are read and logged while the next one runs ----------------------------------------------------------------------
     metrics = Metrics(run if first_process else None, first_step=first_step, max_steps=max_steps, tensorboard=config.exp_manager.create_tensorboard_logger)
@@ -157,7 +154,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
         log.info(f"stopped by signal {watch.stopping} at global_step={step}, {saved}")
         stop.agreed = watch.stopping
         return report
-    return report | (evaluate(run if first_process else None) if e.questions else {})
+    return report | (score(ask(weights()), run if first_process else None) if score else {})
 
 
 if __name__ == "__main__":

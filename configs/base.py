@@ -35,9 +35,12 @@ def get_config() -> ConfigDict:
 
 
 def evaluation() -> dict:
-    """Ours. questions: a LLaVA file whose questions are asked when training ends, and with every_validation at every validation too; an answer is right if it
-    is the record's. num_samples: records of the validation that are asked at every validation, with their pictures, for TensorBoard."""
-    return {"questions": null(str), "every_validation": False, "batch_size": 64, "max_new_tokens": 64, "num_samples": 4}
+    """Ours. questions: a file of `task` that is asked when training ends, and with every_validation at every validation too; annotations, image_folder: as of
+    python -m neva_jax.evaluate (null: model.data.image_folder). num_samples: records of the validation that are asked, with their pictures, for TensorBoard."""
+    return {
+        "task": "exact_match", "questions": null(str), "annotations": null(tuple), "image_folder": null(str), "every_validation": False, "batch_size": 64,
+        "max_new_tokens": 64, "num_samples": 4,
+    }  # fmt: skip
 
 
 def link(config: ConfigDict) -> ConfigDict:

@@ -18,7 +18,7 @@ from neva_jax.evaluation import asking
 from neva_jax.evaluation.answers_file import AnswersFile, digest
 from neva_jax.evaluation.page import page, table
 from neva_jax.evaluation.question import Given, Question
-from neva_jax.evaluation.tasks import TASKS, Task
+from neva_jax.evaluation.tasks import TASKS, Task, scored
 
 
 def main(task: str, questions: str, output: str | None, **f) -> None:
@@ -84,19 +84,6 @@ def made(task: Task, questions: list[Question], name: str, output: Path, f: dict
         file.close()
     lines = [file.done[i] for i in range(len(questions))]
     return [Given(str(line["question_id"]), line["text"], line["prompt"]) for line in lines]
-
-
-def scored(name: str, questions: list[Question], given: list[Given | None]) -> dict:
-    """What the results file holds."""
-    task = TASKS[name]
-    texts = task.texts(questions, given)
-    found = task.score(questions, given, texts)
-    marks = found.marks if found else [None] * len(questions)
-    rows = [
-        {"question_id": q.id, "question": q.text, "answer": text, "truth": task.module.truth(q) if found else None, "mark": mark}
-        for q, text, mark in zip(questions, texts, marks, strict=True)
-    ]
-    return {"task": name, "num_questions": len(questions), "scores": found.scores if found else {}, "answers": rows}
 
 
 def write(output: Path, task: Task, questions: list[Question], result: dict, image_folder: str | None) -> dict[str, str]:

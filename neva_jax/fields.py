@@ -30,7 +30,7 @@ ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what th
 
 HONOURED = (
     {"name", "restore_from_path", "trainer.deterministic"}
-    | paths("evaluation", "questions every_validation batch_size max_new_tokens num_samples")
+    | paths("evaluation", "task questions annotations image_folder every_validation batch_size max_new_tokens num_samples")
     | ARCHITECTURE
     | paths("trainer", "devices num_nodes precision max_epochs max_steps log_every_n_steps val_check_interval limit_val_batches gradient_clip_val")
     | paths("exp_manager", "explicit_log_dir exp_dir name version use_datetime_version create_tensorboard_logger create_checkpoint_callback")
@@ -189,6 +189,7 @@ SCHEDULES = (
 ACTIVATIONS = "fast-swiglu swiglu fast-geglu geglu fast-reglu reglu gelu approx-gelu squared-relu"
 
 CHOICES = {  # honoured fields with a fixed set of values
+    "evaluation.task": ("captions", "vqav2", "gqa", "textvqa", "scienceqa", "pope", "mme", "exact_match"),
     "trainer.precision": PRECISIONS,
     "model.precision": PRECISIONS,
     f"{CHECKPOINTS}.mode": ("min", "max"),

@@ -7,7 +7,10 @@ from runs import run
 from tensorboardX.proto.event_pb2 import Event
 
 from configs.quickstart import DIGITS
+from neva_jax.errors import UserError
 from neva_jax.evaluation import exact_match, show
+from neva_jax.evaluation.tasks import TASKS
+from neva_jax.fields import CHOICES
 from neva_jax.training.metrics import Metrics
 
 
@@ -71,3 +74,37 @@ def test_a_few_records_from_first_to_last(monkeypatch):
     monkeypatch.setattr(exact_match, "questions_of", questions_of)
     monkeypatch.setattr(exact_match, "answer", lambda generate, examples, questions, **options: ["Three."] * len(questions))
     assert show.samples(None, None, range(10, 90), 3, 8).shape[0] > 0 and asked == [10, 49, 89]
+
+
+def test_the_score_of_another_task(tmp_path):
+    """POPE's questions about the digits' pictures, at every validation and at the end."""
+    records = [record for record in json.loads((DIGITS / "test.json").read_text()) if isinstance(record["image"], str)][:6]
+    lines = [{"question_id": i, "image": record["image"], "text": f"Is there a {word} in the picture?", "label": label}
+             for i, (record, word, label) in enumerate(zip(records, ("one", "two") * 3, ("yes", "no", "no") * 2, strict=True))]  # fmt: skip
+    (tmp_path / "coco_pope_random.json").write_text("\n".join(map(json.dumps, lines)))
+    pope = {"evaluation__task": "pope", "evaluation__questions": str(tmp_path / "coco_pope_random.json"), "evaluation__batch_size": 4}
+    often = {"evaluation__every_validation": True, "trainer__val_check_interval": 3, "evaluation__max_new_tokens": 2}
+    report = run(tmp_path / "run", **pope, **often)
+    saved = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert saved["task"] == "pope" and len(saved["answers"]) == 6 and (tmp_path / "run" / "answers.png").exists()
+    assert report["accuracy"] == saved["scores"]["accuracy"] and report["num_questions"] == 6
+    assert [row["global_step"] for row in rows if "val_accuracy" in row] == [3]
+    assert 0 <= rows[2]["val_splits/random/accuracy"] <= 100
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"evaluation__questions": "nowhere.json"}, r"evaluation\.questions: there is no nowhere\.json"),
+    ({"evaluation__annotations": ("nowhere.json",)}, r"evaluation\.annotations: there is no nowhere\.json"),
+    ({"evaluation__image_folder": "nowhere"}, r"evaluation\.image_folder = 'nowhere'"),
+    ({"evaluation__task": "vqa"}, r"evaluation\.task is 'vqa', expected one of"),
+])  # fmt: skip
+def test_wrong_questions_are_an_error_at_the_start(tmp_path, changes, message):
+    (tmp_path / "q.json").write_text(json.dumps({"question_id": 1, "image": "test/00000.png", "text": "Is it?", "label": "yes"}))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", **{"evaluation__task": "pope", "evaluation__questions": str(tmp_path / "q.json")} | changes)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_tasks_are_those_of_the_command():
+    assert CHOICES["evaluation.task"] == tuple(TASKS)

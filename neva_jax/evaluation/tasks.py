@@ -60,3 +60,16 @@ TASKS = {
     "mme": Task(mme, "submission"),
     "exact_match": Task(conversations, "submission.jsonl", max_new_tokens=64),
 }
+
+
+def scored(name: str, questions: list[Question], given: list[Given | None]) -> dict:
+    """What the results file holds."""
+    task = TASKS[name]
+    texts = task.texts(questions, given)
+    found = task.score(questions, given, texts)
+    marks = found.marks if found else [None] * len(questions)
+    rows = [
+        {"question_id": q.id, "question": q.text, "answer": text, "truth": task.module.truth(q) if found else None, "mark": mark}
+        for q, text, mark in zip(questions, texts, marks, strict=True)
+    ]
+    return {"task": name, "num_questions": len(questions), "scores": found.scores if found else {}, "answers": rows}
