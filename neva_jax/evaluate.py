@@ -46,6 +46,8 @@ def _check(path: Path, output: str | None, f: dict) -> None:
     for name, file in (("questions", str(path)), ("answers", f["answers"]), *(("annotations", file) for file in f["annotations"])):
         if file and not Path(file).exists():
             raise UserError(f"--{name} {file}: there is no such file or folder")
+        if file and output and Path(file).resolve() == Path(output).resolve():
+            raise UserError(f"--output {output}: is what --{name} reads, and would be written over; name another")
     if f["image_folder"] and not Path(f["image_folder"]).exists():
         raise UserError(f"--image_folder {f['image_folder']}: there is no such folder or tar")
     if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
@@ -57,8 +59,7 @@ def _check(path: Path, output: str | None, f: dict) -> None:
 
 def made(task: Task, questions: list[Question], name: str, output: Path, f: dict) -> list[Given]:
     """The model's answers, of which those that `output`'s answers file holds are not made again."""
-    if empty := next((question for question in questions if not question.text), None):
-        raise UserError(f"{empty.where}: has no question to ask")
+    task.check(questions)
     suffix = task.module.SUFFIX if f["suffix"] is None else f["suffix"].replace("\\n", "\n")
     prompts = [asking.prompt_of(question, suffix) for question in questions]
     options = {"max_new_tokens": f["max_new_tokens"] or task.max_new_tokens}

@@ -43,6 +43,7 @@ def test_the_good_one_is_good(pope):
     (["--task", "pope", "--questions", "q.jsonl", "--model", ".", "--output", "gone/o.json"], "--output gone/o.json: its folder does not exist"),
     (["--task", "pope", "--questions", "q.jsonl", "--model", ".", "--output", "."], "--output .: is a folder"),
     (["--task", "pope", "--questions", "q.jsonl", "--model", ".", "--output", "o.json", "--batch_size", "0"], "--batch_size is 0, expected at least 1"),
+    (["--task", "pope", "--questions", "q.jsonl", "--score_only", "--answers", "a.jsonl", "--output", "./a.jsonl"], "./a.jsonl: is what --answers reads"),
     (["--task", "mme", "--questions", "q.jsonl", "--score_only", "--answers", "a.jsonl"], "is no folder of CATEGORY.txt"),
 ])  # fmt: skip
 def test_arguments(tmp_path, monkeypatch, command, arguments, words):  # noqa: F811
@@ -113,6 +114,13 @@ VQA_ANSWERS = [{"answer": "yes", "answer_id": i} for i in range(10)]
      "record 0: answer 0: has no 'answer'"),
     ("gqa", {"1": {"question": "?", "answer": "yes", "isBalanced": True}}, None, "record '1': has no 'types'"),
     ("gqa", {"1": {"question": "?", "answer": "yes", "types": {"structural": "verify"}}}, None, "record '1': types: has no 'semantic'"),
+    ("gqa", {"1": {"question": "?", "answer": "yes", "types": {"structural": "verify", "semantic": "obj"}, "groups": {"global": ["x"]}}}, None,
+     "record '1': groups: 'global' is a list of 1, expected a text"),
+    ("gqa", {"1": {"question": "?", "answer": "yes", "types": {"structural": "verify", "semantic": "obj", "detailed": 3}}}, None,
+     "record '1': types: 'detailed' is 3, expected a text"),
+    ("gqa", {"1": {"question": "?", "answer": "yes", "types": {"structural": "verify", "semantic": "obj"},
+                   "semantic": [{"operation": "exist", "argument": None}, {"operation": "select", "argument": 3}]}}, None,
+     "record '1': semantic: 'argument' is 3, expected a text or null"),
     ("textvqa", {"data": [{"question_id": 1, "image_id": "a", "question": "?", "answers": ["x"] * 9}]}, None, "'answers' has 9 members, expected 10 texts"),
     ("scienceqa", {"1": {"question": "?", "answer": 0}}, None, "record '1': has no 'choices'"),
     ("scienceqa", {"1": {"question": "?", "choices": ["a"], "answer": 1}}, None, "'answer' is 1, expected the index of one of its 1 choices"),
@@ -120,6 +128,8 @@ VQA_ANSWERS = [{"answer": "yes", "answer_id": i} for i in range(10)]
     ("scienceqa", {"1": {"question": "?", "choices": ["a"], "answer": 0}}, {"test": ["1", "5"]}, "lacks 1 problems of split 'test', the first is '5'"),
     ("captions", {"images": [{"file_name": "a.jpg"}]}, None, "images: record 0: has no 'id'"),
     ("captions", {"images": [{"id": 1}], "annotations": [{"image_id": 2, "caption": "x"}]}, None, "image 1 has no caption"),
+    ("captions", [{"question_id": 1, "image": "a.jpg", "text": "?"}], 3, "t.json: found 3, expected a list of objects"),
+    ("captions", [{"question_id": 1, "image": "a.jpg", "text": "?"}], [{"question_id": 1, "text": "x"}], "t.json: record 0: has no 'image_id'"),
     ("exact_match", [{"conversations": [{"from": "human", "value": "?"}]}], None, "q.json: record 0: conversations"),
 ])  # fmt: skip
 def test_each_benchmarks_own_files(tmp_path, command, task, questions, annotations, words):  # noqa: F811

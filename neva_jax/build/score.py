@@ -34,6 +34,7 @@ def build_score(config: ConfigDict, tokenizer, neva_config: NevaConfig):
     if missing:
         raise UserError(f"evaluation.{'questions' if missing[0] == e.questions else 'annotations'}: there is no {missing[0]}")
     questions = TASKS[e.task].module.read(Path(e.questions), [Path(path) for path in e.annotations or ()], split="test")
+    TASKS[e.task].check(questions)
     if untold := [question for question in questions if question.truth is None]:
         raise UserError(f"evaluation.annotations: nobody tells the truth of {untold[0].where}; name the files of {e.task} that do")
     folder = e.image_folder or config.model.data.image_folder

@@ -6,6 +6,7 @@ Gives up: METEOR and SPICE, which are Java programs. Truth of a Question: the ca
 import contextlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from neva_jax.errors import DataError, UserError
@@ -23,8 +24,12 @@ def read(path: Path, annotations: list[Path], **_) -> list[Question]:
     scorers()  # before a model is asked for hours
     value, numbers = read_json(path)
     if isinstance(value, dict) and "images" in value:
-        truths = _captions([path, *annotations])
+        truths = _captions(dict.fromkeys([*([path] if "annotations" in value else []), *annotations]))
         return [_of_coco(row, truths) for row in rows_of(f"{path}: images", value["images"])]
+    if isinstance(value, dict) and isinstance(value.get("annotations"), list):  # no list of images: those that the captions are of
+        truths = _captions(dict.fromkeys([path, *annotations]))
+        named = {str(row.id("image_id")): row for row in rows(path, "annotations")}
+        return [Question(row.id("image_id"), PROMPT, (coco_names(name),), truths[name], where=row.where) for name, row in named.items()]
     truths = _captions(annotations)
     found = rows_of(path, value, numbers)
     return [Question(row.id(), row.get("text"), ((row.get("image"),),), _found(row, row.id(), truths), where=row.where) for row in found]
@@ -36,10 +41,10 @@ def _of_coco(row: Row, truths: dict) -> Question:
     return Question(name, PROMPT, (images,), _found(row, name, truths), where=row.where)
 
 
-def _captions(files: list[Path]) -> dict[str, list[str]]:
+def _captions(files: Iterable[Path]) -> dict[str, list[str]]:
     found = {}
     for file in files:
-        for row in rows(file, "annotations") if "annotations" in (read_json(file)[0] or ()) else ():
+        for row in rows(file, "annotations"):
             found.setdefault(str(row.id("image_id")), []).append(row.get("caption"))
     return found
 

@@ -12,7 +12,8 @@ SUFFIX = ""
 
 
 def read(path: Path, annotations: list[Path], **_) -> list[Question]:
-    """ids: the record's, or its number where ids are missing or repeat; a record of several questions gets /0, /1, ... behind it."""
+    """ids: the record's, or its number where ids are missing or repeat; a record of several questions gets /0, /1, ... behind it,
+    and answers with the record's own id are told apart by their prompts."""
     found = rows(path)
     ids = [row.fields.get("id") for row in found]
     unique = all(isinstance(name, (str, int)) for name in ids) and len({str(name) for name in ids}) == len(ids)
@@ -23,7 +24,8 @@ def read(path: Path, annotations: list[Path], **_) -> list[Question]:
         pairs = list(zip(record.turns[::2], record.turns[1::2], strict=False))
         for turn, (question, answer) in enumerate(pairs):
             text = question.text.replace(PLACEHOLDER, "").strip()
-            questions.append(Question(f"{name}/{turn}" if len(pairs) > 1 else name, text, images, answer.text, where=row.where))
+            own, aliases = (f"{name}/{turn}", (name,)) if len(pairs) > 1 else (name, ())
+            questions.append(Question(own, text, images, answer.text, aliases, where=row.where))
     return questions
 
 

@@ -53,12 +53,13 @@ def _question(row: Row, choices: Row | None) -> Question:
     image = row.id("imageId") if "imageId" in row.fields else ""
     if "answer" not in row.fields:  # test and challenge splits
         return Question(row.id("id"), row.get("question"), ((f"{image}.jpg",),), where=row.where)
-    types, groups = row.get("types", dict), row.get("groups", dict, default={})
+    types, groups = row.get("types", dict), Row(f"{row.where}: groups", row.get("groups", dict, default={}))
     for name in ("structural", "semantic"):
         Row(f"{row.where}: types", types).get(name)
+    Row(f"{row.where}: types", types).get("detailed", default="")
     truth = {
         "answer": row.get("answer"), "balanced": bool(row.fields.get("isBalanced", True)), "entailed": row.get("entailed", list, default=[]),
-        "types": types, "group": groups.get("global"), "steps": _steps(row), "words": len(row.get("question").split()),
+        "types": types, "group": groups.get("global", default=None), "steps": _steps(row), "words": len(row.get("question").split()),
         "choices": {name: choices.get(name, list) for name in ("valid", "plausible")} if choices else None,
     }  # fmt: skip
     return Question(row.id("id"), row.get("question"), ((f"{image}.jpg",),), truth, where=row.where)
@@ -66,7 +67,7 @@ def _question(row: Row, choices: Row | None) -> Question:
 
 def _steps(row: Row) -> int:
     steps = [Row(f"{row.where}: semantic", step if isinstance(step, dict) else {}) for step in row.get("semantic", list, default=[])]
-    said = [f"{step.get('operation')}: {step.get('argument')}" for step in steps]
+    said = [f"{step.get('operation')}: {step.get('argument', (str, type(None)))}" for step in steps]
     return sum(not any(end in one for end in NO_STEP) for one in said)
 
 

@@ -7,7 +7,8 @@ An answer is yes if "yes" is in its first four letters, no if "no" is, and other
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 
 from neva_jax.errors import DataError
 from neva_jax.evaluation.question import SHORT, Given, Question, Row, bare, read_text, rows
@@ -16,6 +17,7 @@ from neva_jax.evaluation.scored import Scored, mean, ratio
 SUFFIX = SHORT
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+SPACES = str.maketrans("\t\n\r", "   ")  # one for one, as the first four letters of an answer count
 
 
 def parse(text: str) -> str:
@@ -24,17 +26,18 @@ def parse(text: str) -> str:
 
 
 def read(path: Path, annotations: list[Path], **_) -> list[Question]:
-    """A folder of CATEGORY.txt with lines `picture, question, truth` between tabs, as eval_tool's; or LLaVA's lines, with that folder as annotations."""
+    """A folder of CATEGORY.txt with lines `picture, question, truth` between tabs, as eval_tool's, or of category folders with PICTURE.txt and lines
+    `question, truth`, as the release's; or LLaVA's lines, with such a folder as annotations."""
     if path.is_dir():
         return [question for file in _files(path) for question in _category(file)]
     if not annotations:
         raise DataError(f"{path}: is no folder of CATEGORY.txt; name one, or give it by --annotations where this is LLaVA's llava_mme.jsonl")
     prompts: dict[tuple[str, str], list[Row]] = {}
     for row in rows(path):
-        prompts.setdefault((row.get("image").replace("/images/", "/"), bare(row.get("text"))), []).append(row)
+        prompts.setdefault((_stem(row.get("image").replace("/images/", "/")), bare(row.get("text"))), []).append(row)
     questions = []
     for question in (question for given in annotations for file in _files(given) for question in _category(file)):
-        if found := prompts.get((question.aliases[0], bare(question.text))):
+        if found := prompts.get((question.aliases[-1], bare(question.text))):
             row = found.pop(0)
             aliases = (row.id(), *question.aliases)
             images = ((row.get("image"), *question.images[0]),)
@@ -48,29 +51,43 @@ def read(path: Path, annotations: list[Path], **_) -> list[Question]:
 
 
 def _files(path: Path) -> list[Path]:
-    there = {file.stem: file for file in sorted(path.glob("*.txt"))} if path.is_dir() else {}
+    there = {file.stem: file for file in sorted(path.glob("*.txt"))} or {folder.name: folder for folder in sorted(path.glob("*")) if _texts(folder)}
     if not there:
         raise DataError(f"{path}: no CATEGORY.txt in this folder, such as existence.txt")
     names = [name for name in (*PERCEPTION, *COGNITION) if name in there]
     return [there[name] for name in names + [name for name in there if name not in names]]
 
 
-def _fields(file: Path):
+def _texts(category: Path) -> list[Path]:
+    """PICTURE.txt of a category's folder in MME's release."""
+    return sorted(category.glob("questions_answers_YN/*.txt")) or sorted(category.glob("*.txt"))
+
+
+def _stem(name: str) -> str:
+    """CATEGORY/PICTURE without the picture's extension: LLaVA's script writes PICTURE.txt into its results."""
+    return name.removesuffix(PurePosixPath(name).suffix)
+
+
+def _fields(category: Path):
     """(where, picture, question, truth, answer or None) of each line."""
-    for number, line in enumerate(read_text(file).rstrip("\n").split("\n"), 1):
-        where, fields = f"{file}: line {number}", line.split("\t")
-        if len(fields) not in (3, 4):
-            raise DataError(f"{where}: has {len(fields)} fields between tabs, expected picture, question, truth and perhaps an answer")
-        if fields[2].strip().lower() not in ("yes", "no"):
-            raise DataError(f"{where}: truth is {fields[2]!r}, expected Yes or No")
-        yield where, *fields[:3], (fields[3] if len(fields) == 4 else None)
+    for file in _texts(category) if category.is_dir() else [category]:
+        pictures = (*category.glob(f"images/{escape(file.stem)}.*"), *category.glob(f"{escape(file.stem)}.*"))
+        before = [next((picture.name for picture in pictures if picture.suffix != ".txt"), file.stem)] if category.is_dir() else []
+        for number, line in enumerate(read_text(file).rstrip("\n").split("\n"), 1):
+            where, fields = f"{file}: line {number}", [*before, *line.split("\t")]
+            if len(fields) not in (3, 4):
+                raise DataError(f"{where}: has {len(fields)} fields between tabs, expected picture, question, truth and perhaps an answer")
+            if fields[2].strip().lower() not in ("yes", "no"):
+                raise DataError(f"{where}: truth is {fields[2]!r}, expected Yes or No")
+            yield where, *fields[:3], (fields[3] if len(fields) == 4 else None)
 
 
 def _category(file: Path) -> list[Question]:
     questions = []
     for where, image, text, truth, _ in _fields(file):
         names = tuple(f"{folder}{image}" for folder in (f"{file.stem}/", f"{file.stem}/images/", ""))
-        questions.append(Question(f"{file.stem}/{image}/{len(questions)}", text, (names,), truth.strip().lower(), (f"{file.stem}/{image}",), file.stem, where))
+        aliases = (f"{file.stem}/{image}", _stem(f"{file.stem}/{image}"))
+        questions.append(Question(f"{file.stem}/{image}/{len(questions)}", text, (names,), truth.strip().lower(), aliases, file.stem, where))
     if len(questions) % 2:
         raise DataError(f"{file}: has {len(questions)} lines, expected two for each picture")
     return questions
@@ -80,10 +97,10 @@ def read_answers(path: Path) -> list[Given]:
     """Of a folder of CATEGORY.txt whose lines have a fourth field."""
     given = []
     for file in _files(path):
-        for i, (where, image, text, _, answer) in enumerate(_fields(file)):
+        for where, image, text, _, answer in _fields(file):
             if answer is None:
                 raise DataError(f"{where}: has no fourth field, expected an answer")
-            given.append(Given(f"{file.stem}/{image}/{i}", answer, text, where=where))
+            given.append(Given(_stem(f"{file.stem}/{image}"), answer, text, where=where))
     return given
 
 
@@ -124,7 +141,7 @@ def write(path: Path, questions: list[Question], answers: list[str]) -> Path:
     for question, answer in zip(questions, answers, strict=True):
         text = question.text.replace(SHORT, "").strip()
         fields = (question.images[0][0].split("/")[-1], text, question.truth.title(), answer)
-        lines.setdefault(question.group, []).append("\t".join(" ".join(field.split()) for field in fields))
+        lines.setdefault(question.group, []).append("\t".join(field.translate(SPACES) for field in fields))
     for name, found in lines.items():
-        (path / f"{name}.txt").write_text("\n".join(found) + "\n")
+        (path / f"{name}.txt").write_text("\n".join(found) + "\n", encoding="utf-8", errors="replace")
     return path

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from neva_jax.errors import DataError
-from neva_jax.evaluation.question import SHORT, Question, Row, bare, rows
+from neva_jax.evaluation.question import ID_FIELDS, SHORT, Given, Question, Row, bare, given_of, rows
 from neva_jax.evaluation.scored import Scored, mean, ratio
 
 SUFFIX = SHORT
@@ -24,8 +24,9 @@ def read(path: Path, annotations: list[Path], **_) -> list[Question]:
     """POPE's lines, with their labels, from one file or a folder of coco_pope_SPLIT.json; or LLaVA's, whose labels stand in the annotations, split by split
     in the same order."""
     if not annotations:
-        files = _files(path)
-        return [_labelled(row, split_of(file), several=len(files) > 1) for file in files for row in rows(file)]
+        found = [(row, split_of(file)) for file in _files(path) for row in rows(file)]
+        repeated = len({str(row.id()) for row, _ in found}) < len(found)  # POPE counts from 1 in each file
+        return [_labelled(row, split, several=repeated and path.is_dir()) for row, split in found]
     labels = {split_of(file): [_labelled(row, split_of(file)) for row in rows(file)] for given in annotations for file in _files(given)}
     found = [_of_llavas(row, labels) for row in rows(path)]
     for split, left in labels.items():
@@ -52,7 +53,7 @@ def _labelled(row: Row, split: str, several: bool = False) -> Question:
     if label not in ("yes", "no"):
         raise DataError(f"{row.where}: 'label' is {label!r}, expected yes or no")
     group = row.get("category", default=split)
-    name = f"{split}_{row.id()}" if several else row.id()  # POPE counts from 1 in each file
+    name = f"{split}_{row.id()}" if several else row.id()
     return Question(name, row.get("text"), ((row.get("image"), f"val2014/{row.get('image')}"),), label, group=group, where=row.where)
 
 
@@ -64,6 +65,19 @@ def _of_llavas(row: Row, labels: dict[str, list[Question]]) -> Question:
     if bare(label.text) != bare(row.get("text")) or label.images[0][0] != row.get("image"):
         raise DataError(f"{row.where}: asks about {row.get('image')} what {label.where} does not; questions and labels must be in the same order")
     return Question(row.id(), row.get("text"), label.images, label.truth, group=split, where=row.where)
+
+
+def read_answers(path: Path, questions: list[Question]) -> list[Given]:
+    """LLaVA's lines; or POPE's {question, answer}, which have no ids and stand in the order of the questions."""
+    found = rows(path)
+    if any(name in row.fields for row in found for name in ID_FIELDS) or not all("question" in row.fields for row in found):
+        return [given_of(row) for row in found]
+    if len(found) > len(questions):
+        raise DataError(f"{found[len(questions)].where}: answers one question more than the {len(questions)} that there are; score it with its own questions")
+    for row, question in zip(found, questions, strict=False):
+        if bare(row.get("question")) != bare(question.text):
+            raise DataError(f"{row.where}: answers another question than {question.where} asks; answers without ids must be in the order of the questions")
+    return [Given(str(question.id), row.get("answer"), where=row.where) for row, question in zip(found, questions, strict=False)]
 
 
 def rates(predictions: list[str], truths: list[str]) -> dict[str, float]:

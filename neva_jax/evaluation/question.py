@@ -58,7 +58,7 @@ class Row:
         return self.get(name, (str, int))
 
 
-NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object", bool: "true or false"}
+NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object", type(None): "null", bool: "true or false"}
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------------------------------
@@ -147,15 +147,16 @@ def read_answers(path: str | Path) -> list[Given]:
     value, numbers = read_json(path)
     if isinstance(value, dict) and isinstance(value.get("outputs"), dict):
         value = [{"question_id": name, "text": text} for name, text in value["outputs"].items()]
-    given = []
-    for row in rows_of(path, value, numbers):
-        names = [[name for name in fields if name in row.fields] for fields in (ID_FIELDS, TEXT_FIELDS)]
-        for found, fields in zip(names, (ID_FIELDS, TEXT_FIELDS), strict=True):
-            if not found:
-                raise DataError(f"{row.where}: has none of {', '.join(fields)}; found {', '.join(row.fields) or 'nothing'}")
-        (id_name, *_), (text_name, *_) = names
-        given.append(Given(str(row.id(id_name)), row.get(text_name), row.get("prompt", default=""), text_name, row.where))
-    return given
+    return [given_of(row) for row in rows_of(path, value, numbers)]
+
+
+def given_of(row: Row) -> Given:
+    names = [[name for name in fields if name in row.fields] for fields in (ID_FIELDS, TEXT_FIELDS)]
+    for found, fields in zip(names, (ID_FIELDS, TEXT_FIELDS), strict=True):
+        if not found:
+            raise DataError(f"{row.where}: has none of {', '.join(fields)}; found {', '.join(row.fields) or 'nothing'}")
+    (id_name, *_), (text_name, *_) = names
+    return Given(str(row.id(id_name)), row.get(text_name), row.get("prompt", default=""), text_name, row.where)
 
 
 def bare(prompt: str) -> str:

@@ -16,7 +16,7 @@ class Task:
     """module: its `read`, `score`, `truth`, `write` and `SUFFIX`. submission: what is put behind the stem of the output's name for the server's file.
 
     extra, repeated, may_lack, asked: see question.matched. tagged: the prompts in its answers file begin with the tags of their pictures, as LLaVA's do.
-    max_new_tokens: the most that LLaVA's scripts let a model say.
+    pictured: every question has a picture. max_new_tokens: the most that LLaVA's scripts let a model say.
     """
 
     module: ModuleType
@@ -26,13 +26,26 @@ class Task:
     may_lack: Callable[[Question], bool] = lambda question: False
     asked: Callable[[str], str] = bare
     tagged: bool = False
+    pictured: bool = True
     max_new_tokens: int = 128
+
+    def check(self, questions: list[Question]) -> None:
+        """Raises DataError for a question that no model can be asked."""
+        for question in questions:
+            if not question.text or (self.pictured and not question.images):
+                raise DataError(f"{question.where}: {'names no picture' if question.text else 'has no question'} to ask a model about")
 
     def answers(self, path: Path, questions: list[Question], missing_as_wrong: bool = False) -> list[Given | None]:
         """The answer to each question, from a file or folder of any of the known forms."""
-        given = mme.read_answers(path) if self.module is mme and path.is_dir() else read_answers(path)
+        if self.module is mme and path.is_dir():
+            given = mme.read_answers(path)
+        else:
+            given = pope.read_answers(path, questions) if self.module is pope else read_answers(path)
         may_lack = (lambda question: True) if missing_as_wrong else self.may_lack
-        return matched(questions, given, path, asked=self.asked, extra=self.extra, repeated=self.repeated, may_lack=may_lack)
+        found = matched(questions, given, path, asked=self.asked, extra=self.extra, repeated=self.repeated, may_lack=may_lack)
+        if questions[0].text and all(one and self.asked(one.text) == self.asked(q.text) for one, q in zip(found, questions, strict=True)):
+            raise DataError(f"{path}: every answer is its own question; likely a file of questions, give the one with what a model said")
+        return found
 
     def texts(self, questions: list[Question], given: list[Given | None]) -> list[str | None]:
         """What is scored. None: no answer, where the scorer knows what that means; elsewhere it is an empty answer."""
@@ -55,10 +68,12 @@ TASKS = {
     "vqav2": Task(vqav2, "submission.json", repeated=True),
     "gqa": Task(gqa, "submission.json", extra=True, repeated=True, may_lack=gqa.may_lack),
     "textvqa": Task(textvqa, "submission.json", asked=textvqa.asked),
-    "scienceqa": Task(scienceqa, "submission.json", extra=True, repeated=True, may_lack=lambda question: True, tagged=True, max_new_tokens=1024),
+    "scienceqa": Task(
+        scienceqa, "submission.json", extra=True, repeated=True, may_lack=lambda question: True, tagged=True, pictured=False, max_new_tokens=1024
+    ),
     "pope": Task(pope, "submission.jsonl"),
     "mme": Task(mme, "submission"),
-    "exact_match": Task(conversations, "submission.jsonl", max_new_tokens=64),
+    "exact_match": Task(conversations, "submission.jsonl", pictured=False, max_new_tokens=64),
 }
 
 

@@ -78,22 +78,31 @@ def read(path: Path, annotations: list[Path], **_) -> list[Question]:
         return [_llavas(row, None) for row in official]
     if not annotations:
         return [_official(row) for row in official]
+    found = rows(path, "data")
     truths = {(str(row.id("image_id")), row.get("question").lower()): row for row in official}  # of two that are alike the last counts, as in LLaVA's script
-    return [_llavas(row, truths) for row in rows(path)]
+    if "text" in found[0].fields:
+        return [_llavas(row, truths) for row in found]
+    return [_official(row, _truth(row, truths, row.get("question").lower())) for row in found]
 
 
-def _official(row: Row) -> Question:
+def _truth(row: Row, truths: dict, question: str) -> Row:
+    name = row.id("question_id" if "text" in row.fields else "image_id")
+    if (truth := truths.get((str(name), question))) is None:
+        raise DataError(f"{row.where}: the annotations have no question {question!r} of {name!r}; give those of the same split")
+    return truth
+
+
+def _official(row: Row, truth: Row | None = None) -> Question:
     image = row.id("image_id")
     name = row.id("question_id") if "question_id" in row.fields else image
-    return Question(name, row.get("question"), ((f"{image}.jpg",),), _people(row), aliases=(image,), where=row.where)
+    return Question(name, row.get("question"), ((f"{image}.jpg",),), _people(truth or row), aliases=(image,), where=row.where)
 
 
 def _llavas(row: Row, truths: dict | None) -> Question:
     text = row.get("text")
-    truth = truths.get((str(row.id()), question_of(text))) if truths else None
-    if truths and truth is None:
-        raise DataError(f"{row.where}: the annotations have no question {question_of(text)!r} of {row.id()!r}; give those of the same split")
-    return Question(row.id(), text, ((row.get("image"),),), _people(truth) if truth else None, where=row.where)
+    truth = _truth(row, truths, question_of(text)) if truths else None
+    aliases = (truth.id(),) if truth and "question_id" in truth.fields else ()  # LLaVA's lines have the picture's id, the server wants the question's
+    return Question(row.id(), text, ((row.get("image"),),), _people(truth) if truth else None, aliases, where=row.where)
 
 
 def _people(row: Row) -> list[str] | None:
@@ -114,5 +123,6 @@ def truth(question: Question) -> str:
 
 def write(path: Path, questions: list[Question], answers: list[str]) -> Path:
     """The list that EvalAI's server expects."""
-    path.write_text(json.dumps([{"question_id": q.id, "answer": evalai_answer(a)} for q, a in zip(questions, answers, strict=True)]))
+    ids = [next((name for name in (q.id, *q.aliases) if isinstance(name, int)), q.id) for q in questions]  # a question's is a number, a picture's is not
+    path.write_text(json.dumps([{"question_id": name, "answer": evalai_answer(a)} for name, a in zip(ids, answers, strict=True)]))
     return path

@@ -40,8 +40,13 @@ def _question(row: Row, truth: Row | None, expected: bool) -> Question:
     if expected and truth is None:
         raise DataError(f"{row.where}: the annotations have no question {row.id()!r}; give those of the same split")
     text = row.get("text") if "text" in row.fields else row.get("question")
-    images = (row.get("image"),) if "image" in row.fields else coco_names(row.id("image_id"))
-    return Question(row.id(), text, (images,), _truth(truth) if truth else None, where=row.where)
+    return Question(row.id(), text, _images(row), _truth(truth) if truth else None, where=row.where)
+
+
+def _images(row: Row) -> tuple[tuple[str, ...], ...]:
+    if "image" in row.fields:
+        return ((row.get("image"),),)
+    return (coco_names(row.id("image_id")),) if "image_id" in row.fields else ()  # a score needs none
 
 
 def coco_names(image_id: str | int) -> tuple[str, ...]:
