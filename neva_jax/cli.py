@@ -36,6 +36,8 @@ def run(main: Callable, define_flags: Callable | None = None, argv: list[str] | 
     filter_environment()
     try:
         code = main(**parse(sys.argv if argv is None else argv, define_flags, with_config=with_config, about=getattr(main, "__globals__", {}).get("__doc__")))
+        if sys.stdout:  # None where it was closed from the first
+            sys.stdout.flush()  # now, where a reader who is gone is no error
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         code = 2

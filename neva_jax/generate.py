@@ -16,7 +16,6 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
 from absl import flags
 from tqdm import tqdm
 
@@ -30,21 +29,24 @@ from neva_jax.vlm import Vlm, from_pretrained
 log = logging.getLogger(__name__)
 
 OPTIONS = ("max_new_tokens", "min_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "end_strings")
-BY_NAME = re.compile(r"--?inference\.(?P<name>\w+)=(?P<value>.*)", re.DOTALL)
+BY_NAME = re.compile(r"--?inference\.\w+=.*", re.DOTALL)
+IDLE = {"prompt": ("output", "overwrite", "image_folder"), "chat": ("json", "num_answers", "output", "overwrite"), "input": ("image", "num_answers")}
 HELP = "/image FILE shows a picture, /clear begins anew, /quit ends"
 
 
 def main(**given) -> None:
     given = {name: value for name, value in given.items() if value not in (None, [])}
-    nemo = nemo_inference.read(given.pop("inference")) if "inference" in given else {}
+    named = dict(map(nemo_inference.by_name, given.pop("by_name", [])))
+    nemo = nemo_inference.read(given.pop("inference"), named) if "inference" in given else nemo_inference.section_flags(named)
     if given.get("prompt") or given.get("chat"):
         nemo.pop("input", None)
-    nemo |= nemo_inference.sampling_options(dict(map(_by_name, given.pop("by_name", []))))
     flag = nemo | given
     if "model" not in flag:
         raise UserError("--model is required; give a run of ours, a Hugging Face directory or a .nemo")
     if sum((bool(flag.get("prompt")), bool(flag.get("chat")), "input" in flag)) != 1:
         raise UserError("nothing, or more than one thing, is to be asked; give one of --prompt TEXT, --chat and --input FILE")
+    if idle := [(name, other) for name, others in IDLE.items() if flag.get(name) for other in others if given.get(other)]:
+        raise UserError(f"--{idle[0][1]} does nothing with --{idle[0][0]}; leave it out")
     if "input" in flag:
         records, write = prompt_file.read(flag["input"]), _open_output(flag)
     opening = {name: flag[name] for name in ("tokenizer", "conv_template", "dtype", "tensor_parallel") if name in flag}
@@ -53,6 +55,8 @@ def main(**given) -> None:
     options = {name: flag[name] for name in OPTIONS if name in flag}
     if "input" in flag:
         write(_answer_file(vlm, records, flag, options))
+        if flag.get("json"):
+            print(jsonlib.dumps({"num_questions": len(records), "output": flag["output"]}))
     elif flag.get("chat"):
         _chat(vlm, list(flag.get("image", ())), flag.get("seed", 0), options)
     else:
@@ -81,7 +85,7 @@ def _chat(vlm: Vlm, images: list, seed: int, options: dict) -> None:
     while (line := _line()) is not None and line != "/quit":
         word, _, rest = line.partition(" ")
         if word == "/image":
-            new = [*new, rest.strip()] if Path(rest.strip()).is_file() else new
+            new = [*new, rest.strip()] if os.path.isfile(rest.strip()) else new
             log.info(f"{len(new)} to be shown with the next question" if rest.strip() in new else f"there is no file {rest.strip()!r}")
         elif word == "/clear":
             turns, shown, new = [], [], []
@@ -98,14 +102,14 @@ def _chat(vlm: Vlm, images: list, seed: int, options: dict) -> None:
                 log.info(f"{error}")
                 continue
             print()
-            turns, shown, new = [*asked, {"from": "gpt", "value": said}], [*shown, *new], []
+            turns, shown, new = [*asked, {"from": "gpt", "value": said.replace("<image>", "< image >")}], [*shown, *new], []
 
 
 def _line() -> str | None:
     try:
         print("> ", end="", file=sys.stderr, flush=True)
         return input().strip()
-    except EOFError:
+    except (EOFError, RuntimeError):  # the second where there is no standard input at all
         return None
 
 
@@ -137,6 +141,8 @@ def _open_output(flag: dict):
         raise UserError("--output is required with --input; name a .jsonl or .json file")
     if not output.endswith((".json", ".jsonl")):
         raise UserError(f"--output {output}: unknown extension, expected .json or .jsonl")
+    if Path(output).is_dir():
+        raise UserError(f"--output {output} is a folder; name a file")
     if Path(output).exists() and not flag.get("overwrite"):
         raise UserError(f"--output {output} exists; name another file, or add --overwrite")
     partial = Path(f"{output}.partial")
@@ -156,11 +162,6 @@ def _open_output(flag: dict):
         os.replace(partial, output)
 
     return write
-
-
-def _by_name(argument: str) -> tuple[str, object]:
-    match = BY_NAME.fullmatch(argument)
-    return match["name"], yaml.safe_load(match["value"])
 
 
 def with_names(argv: list[str]) -> list[str]:
@@ -197,7 +198,7 @@ def define_flags(values: flags.FlagValues) -> None:
     text("tokenizer", "a sentencepiece model or a Hugging Face directory, instead of the model's own")
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "of weights and computation (default: bfloat16 on a GPU, else float32)", flag_values=values)
     whole("tensor_parallel", 1, "devices that share each weight (default 1)")
-    flags.DEFINE_bool("json", False, "one JSON object on standard output: prompt, answers", flag_values=values)
+    flags.DEFINE_bool("json", False, "one JSON object on standard output: prompt, answers (with --input: num_questions, output)", flag_values=values)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ PATH: a run of ours, a Hugging Face directory, a .nemo file or directory.
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import jax
@@ -70,8 +72,11 @@ class Vlm:
 
     def answers(self, prompts: Sequence, images=None, *, seed: int = 0, batch_size: int = 8, **options) -> list[Answer]:
         """Texts, tokens, log-probabilities. batch_size: rows at a time; prompts of like length and as many pictures stand together."""
-        sampling = Sampling(**options)
+        sampling = _sampling(options)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
         read = self._read(prompts, images, sampling)
+        sampling = self._bounded(sampling)
         answers: list = [None] * len(read)
         order = sorted(range(len(read)), key=lambda i: (len(read[i].images), len(read[i].ids)))
         for start in range(0, len(order), batch_size):
@@ -79,21 +84,22 @@ class Vlm:
             width = batch_size if len(order) > batch_size else len(order)  # so that the last batch compiles nothing
             batch = self._batch([read[i] for i in chosen], width)
             limits = [self._limit(read[i], sampling) for i in chosen] + [1] * (width - len(chosen))
-            keys = row_keys(seed, np.array(chosen + [0] * (width - len(chosen))))
+            keys = _keys(seed, chosen + [0] * (width - len(chosen)))
             for i, answer in zip(chosen, self.speaker.answers(batch, sampling, keys, limits), strict=False):
                 answers[i] = answer
         return answers
 
     def stream(self, prompt, images=(), *, seed: int = 0, **options) -> Iterator[str]:
         """One answer's text, piece by piece, as it comes: the same as `generate`'s."""
-        sampling = Sampling(**options)
+        sampling = _sampling(options)
         (read,) = self._read([prompt], [images], sampling)
-        yield from self.speaker.stream(self._batch([read], 1), sampling, row_keys(seed, np.array([0])), [self._limit(read, sampling)])
+        yield from self.speaker.stream(self._batch([read], 1), self._bounded(sampling), _keys(seed, [0]), [self._limit(read, sampling)])
 
     def _read(self, prompts, images, sampling: Sampling) -> list[Prompt]:
         if isinstance(prompts, str | dict):
             raise UserError(f"prompts is one {type(prompts).__name__}, expected a list; write [{prompts!r:.60}]")
-        images = [()] * len(prompts) if images is None else images
+        prompts = _listed(prompts, "prompts")
+        images = [()] * len(prompts) if images is None else _listed(images, "images")
         if len(images) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and pictures for {len(images)}; give one list of pictures a prompt, empty for none")
         read = [self.processor.read(prompt, pictures, f"prompt {i}") for i, (prompt, pictures) in enumerate(zip(prompts, images, strict=True))]
@@ -112,6 +118,11 @@ class Vlm:
     def _limit(self, prompt: Prompt, sampling: Sampling) -> int:
         return min(sampling.max_new_tokens, self.max_length - len(prompt.ids))
 
+    def _bounded(self, sampling: Sampling) -> Sampling:
+        """No more room than the model has positions: a cache has a slot for each token that may come."""
+        most = min(sampling.max_new_tokens, self.max_length)
+        return dataclasses.replace(sampling, max_new_tokens=most, min_tokens=min(sampling.min_tokens, most))
+
     def _batch(self, prompts: list[Prompt], width: int) -> dict[str, np.ndarray]:
         return self.processor.batch(prompts, width, -(-max(len(prompt.ids) for prompt in prompts) // GRAIN) * GRAIN)
 
@@ -125,12 +136,17 @@ def from_pretrained(
     `devices` (default: one, or as many); each reads only its slices. A model without a tokenizer answers token ids alone. Raises UserError for what is no
     whole model, by one sentence that says what is missing.
     """
+    bases = [bases] if isinstance(bases, str | Path) else bases
+    if not isinstance(tensor_parallel, int) or tensor_parallel < 1:
+        raise UserError(f"tensor_parallel is {tensor_parallel!r}, expected a whole number of at least 1")
+    if dtype not in (None, "float32", "bfloat16", jnp.float32, jnp.bfloat16):
+        raise UserError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
     if tensor_parallel > jax.device_count():
         raise UserError(f"tensor_parallel is {tensor_parallel}, JAX sees {jax.device_count()} ({jax.devices()[0].platform}); give at most as many")
     found = open_model(path, bases=bases, tokenizer=tokenizer, template=conv_template, field="from_pretrained")
     found.arrays(PARTS)  # all there, all of the right shape
     devices = devices or jax.devices()[:tensor_parallel]
-    dtype = dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")
+    dtype = jnp.dtype(dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")).name
     llm, vision = (dataclasses.replace(config, dtype=dtype) for config in (found.neva.llm, found.neva.vision))
     config = dataclasses.replace(found.neva, llm=dataclasses.replace(llm, residual_dtype=dtype), vision=vision)
     mesh = make_mesh(tensor=tensor_parallel, devices=devices)
@@ -149,13 +165,47 @@ def from_pretrained(
     return Vlm(config, model.graphdef, speaker, processor, mesh, found.config.model.encoder_seq_length, found.scratch)
 
 
+def _sampling(options: dict) -> Sampling:
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    if unknown := [name for name in options if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise UserError(f"{unknown[0]} is no option of an answer; {f'did you mean {near[0]}?' if near else 'known are ' + ', '.join(known)}")
+    return Sampling(**options)
+
+
+def _listed(given, name: str) -> list:
+    try:
+        return list(given)
+    except TypeError:
+        raise UserError(f"{name} is one {type(given).__name__}, expected a list, with an entry for each prompt") from None
+
+
+def _keys(seed: int, numbers: list[int]) -> jax.Array:
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed is {seed!r}, expected a whole number of at most 64 bits")
+    return row_keys(int(seed), np.array(numbers))
+
+
 def _ids_of(found: Opened) -> tuple[int | None, tuple[int, ...]]:
     """What a Hugging Face directory's own files say: the id that stands for a picture, and those that end an answer."""
     if found.format != "hf":
         return None, ()
-    files = [json.loads(file.read_text()) for name in ("generation_config.json", "config.json") if (file := found.path / name).is_file()]
+    files = [_object(file) for name in ("generation_config.json", "config.json") if (file := found.path / name).is_file()]
     texts = [part for file in files for part in (file, file.get("text_config") or {})]
     default = 2 if found.tokenizer is None else ()  # Llama's own
     ends = next((part["eos_token_id"] for part in texts if part.get("eos_token_id") is not None), default)
     image = next((part[name] for part in files for name in ("image_token_index", "image_token_id") if part.get(name) is not None), None)
-    return image, tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    ends = tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    if not all(isinstance(number, int) for number in ends):
+        raise UserError(f"{found.path}: eos_token_id is {list(ends)!r:.80}, expected an id or a list of ids; copy its generation_config.json again")
+    return image, ends
+
+
+def _object(file: Path) -> dict:
+    try:
+        read = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again") from None
+    if not isinstance(read, dict):
+        raise UserError(f"{file}: holds {type(read).__name__}, expected a JSON object; copy it again")
+    return read

@@ -75,6 +75,15 @@ def one_line(capsys, *arguments, main=lambda config: None, **options) -> str:
 # ---- whole programs ----------------------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_reader_who_is_gone_is_no_error(tmp_path):
+    """Also where what is printed fits a buffer, and meets the closed pipe only when that is emptied; nor is a standard output that was closed before."""
+    (tmp_path / "program.py").write_text("from neva_jax import cli\ncli.run(lambda: print('x'), with_config=False)\n")
+    command = f"env -u PYTHONUNBUFFERED PYTHONPATH={ROOT} {sys.executable} {tmp_path / 'program.py'}"
+    for shell in (f"(sleep 1; exec {command}) | true; exit ${{PIPESTATUS[0]}}", f"{command} >&-"):
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), shell
+
+
 def test_wrong_command_lines_end_with_one_line(program, tmp_path):
     broken, strict, empty = tmp_path / "broken.py", tmp_path / "strict.py", tmp_path / "empty.py"
     broken.write_text("def get_config():\n    return 1 +\n")

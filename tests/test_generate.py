@@ -1,5 +1,6 @@
 """The command that asks a model: one question, a chat, NeVA's file of questions, NeMo's own YAML; and every way to ask it wrong."""
 
+import functools
 import io
 import json
 import shutil
@@ -85,9 +86,19 @@ def test_flags_reach_the_model(ask, model):
     assert ask.opened.options == {"bases": ["b", "c"], "tokenizer": "t", "conv_template": "plain", "dtype": "float32"}
 
 
+def test_an_answer_of_ids_that_no_token_has(tmp_path):
+    """The model has more rows than the tokenizer has tokens, as Hugging Face's LLaVA does: they are ids of the answer, and nothing of its text."""
+    vlm = neva_jax.from_pretrained(ours(tmp_path, **FAMILIES["rows of the vocabulary that no token has"]))
+    answers = vlm.answers(["What?", "And this?"], max_new_tokens=16)
+    assert any(token >= vlm.processor.encoder.tokenizer.vocab_size for answer in answers for token in answer.tokens)
+    assert "".join(vlm.stream("What?", max_new_tokens=16)) == answers[0].text
+
+
 def test_a_template_of_ones_own(model):
     plain = neva_jax.from_pretrained(model, conv_template="plain")
     assert plain.render("<image>", 1) == "<image>" and plain.speaker.stop_texts == ("\n",)
+    with pytest.raises(UserError, match="prompt 1: the plain template takes one question"):
+        plain.generate(["<image>", [{"from": who, "value": "a"} for who in ("human", "gpt", "human")]], [[b""], []])
 
 
 # ---- a chat --------------------------------------------------------------------------------------------------------------------------------------------
@@ -142,6 +153,7 @@ def test_a_file_of_questions(ask, model, pictures, vlm, tmp_path, suffix):
     ('[{"video": "a.mp4", "prompt": "a"}]', "q.json", "record 0: asks about a video"), ('[{"image": "9.png", "prompt": "a"}]', "q.json", "'9.png' is missing"),
     ('[{"prompt": "a"}, {"image": "broken.png", "prompt": "a"}]', "q.json", "q.json, record 1: picture 0"),
     ('[{"prompt": "a"}, {"image": "0.png", "prompt": "<image><image>"}]', "q.json", "record 1 has 2 <image> and 1 pictures"),
+    (json.dumps([{"prompt": "a"}, {"prompt": "\ud800"}]), "q.json", "record 1 has half of a surrogate pair"),
     ('[{"image": "../0.png", "prompt": "a"}]', "q.json", "points outside"), ('[{"image": "huge.png", "prompt": "a"}]', "q.json", "record 0: picture 0"),
     (json.dumps([{"prompt": "word " * 3000}]), "q.json", "record 0 takes .* and the model was made for 256"),
 ])  # fmt: skip
@@ -152,6 +164,21 @@ def test_bad_files_of_questions(ask, model, pictures, tmp_path, content, name, m
     code, out, error = ask("--model", model, "--input", tmp_path / name, "--output", tmp_path / "a.jsonl", "--image_folder", pictures)
     assert (code, out) == (2, "") and error.startswith("error: ") and re.search(message, error), error
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_an_output_that_is_a_folder(ask, model, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a"}')
+    (tmp_path / "a.jsonl").mkdir()
+    code, _, error = ask("--model", model, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", "--overwrite")
+    assert code == 2 and "a.jsonl is a folder" in error
+
+
+def test_a_line_ends_at_a_line_feed_alone(ask, model, tmp_path):
+    """Not at the other separators that str.splitlines knows, which JSON may hold as they are; one object with --json."""
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    code, out, _ = ask("--model", model, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", "--max_new_tokens", 2, "--json")
+    assert code == 0 and json.loads(out) == {"num_questions": 1, "output": str(tmp_path / "a.jsonl")}
+    assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "a\u2028b\x85c"
 
 
 # ---- NeMo's YAML ---------------------------------------------------------------------------------------------------------------------------------------
@@ -198,6 +225,12 @@ def test_nemos_fields(fields, options):
     (("checkpoint_dir: null", "checkpoint_dir: /a"), "checkpoint_dir names a checkpoint of PyTorch Lightning"),
     (("enable: False", "enable: True"), "quantization.enable"), (("insert_media_token: null", "insert_media_token: up"), "'up'"),
     (("temperature: 0.2", "temperature: 0.0"), "inference.temperature is 0, and inference.greedy is False"),
+    (("top_p: 0.9", "top_p: hot"), "top_p is 'hot', expected a number"), (("top_k: 0", "3: 0"), "inference.3 is not a field"),
+    (("port:", "5:"), "5 is not a field"),
+    (("model_parallel_size: 8", "model_parallel_size: eight"), "tensor_model_parallel_size is 'eight', expected a whole number"),
+    (("prompt_file: /pwd/nemo_experiments/input_prompts.jsonl", "prompt_file: 5"), "prompt_file is 5, expected a path"),
+    (("media_base_path: /pwd/images", "media_base_path: [a]"), "media_base_path is .'a'., expected a text"),
+    (("media_type: image", "batch_size: 0"), "inference.batch_size is 0"), (('["<extra_id_1>","<extra_id_7>",]', "5"), "end_strings is 5, expected a list"),
     (("inference:", "inferring:"), "no section `inference`"), (("temperature: 0.2", "temperature: hot"), "temperature is 'hot', expected a number"),
 ])  # fmt: skip
 def test_what_nemos_file_may_not_say(ask, tmp_path, change, message):
@@ -208,6 +241,24 @@ def test_what_nemos_file_may_not_say(ask, tmp_path, change, message):
     (tmp_path / "inference.yaml").write_text(text.replace(*change, 1))
     code, _, error = ask("--inference", tmp_path / "inference.yaml", "--prompt", "a")
     assert code == 2 and re.search(message, error), error
+
+
+@pytest.mark.parametrize("name", ["trainer", "quantization"])
+def test_a_section_that_is_none(tmp_path, name):
+    (tmp_path / "inference.yaml").write_text(f"inference: {{}}\n{name}: [5]")
+    with pytest.raises(UserError, match=f"{name} is .5., expected a section"):
+        nemo_inference.read(str(tmp_path / "inference.yaml"))
+
+
+def test_every_field_by_nemos_name_counts(ask, model, pictures, vlm, tmp_path):
+    """Those that are no option of sampling too; one that turns a field of the file off does so, and greedy stays greedy."""
+    (tmp_path / "inference.yaml").write_text("inference: {greedy: True, temperature: 0.2, top_p: 0.5}")
+    assert nemo_inference.read(str(tmp_path / "inference.yaml"), {"top_p": 0.0, "temperature": 3.0}) == {"temperature": 0.0, "separator": ""}
+    assert nemo_inference.by_name("--inference.temperature=1e-5") == ("temperature", 1e-5)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"image": "0.png", "prompt": "What?"}))
+    named = (f"--inference.media_base_path={pictures}", "--inference.insert_media_token=right", "--inference.tokens_to_generate=2")
+    assert ask("--model", model, "--input", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", *named)[0] == 0
+    assert json.loads((tmp_path / "a.jsonl").read_text())["prompt"] == "What?<image>\n"
 
 
 # ---- wrong questions -----------------------------------------------------------------------------------------------------------------------------------
@@ -221,6 +272,10 @@ def test_what_nemos_file_may_not_say(ask, tmp_path, change, message):
     (("--prompt", "a", "--image", "{huge.png}"), "prompt 0: picture 0"), (("--prompt", "a " * 2000), "was made for 256"),
     (("--prompt", "a", "--num_answers", "2"), "always gives the same answer"), (("--input", "nowhere.jsonl"), "nowhere.jsonl: cannot be read"),
     (("--prompt", "a", "--max_new_tokens", "0"), "max_new_tokens"), (("--prompt", "a", "--inference.colour=red"), "inference.colour is not a field"),
+    (("--prompt", "a", "--inference.end_strings=["), "is not YAML"), (("--prompt", "a", "--inference.top_p=hot"), "top_p is 'hot'"),
+    (("--prompt", "a", "--inference.end_strings=5"), "end_strings is 5"), (("--prompt", "\udcff"), "half of a surrogate pair"),
+    (("--prompt", "a", "--output", "b.json"), "--output does nothing with --prompt"), (("--chat", "--json"), "--json does nothing with --chat"),
+    (("--input", "a.json", "--image", "b.png"), "--image does nothing with --input"), (("--prompt", "a", "--image", "/dev/zero"), "/dev/zero has more than"),
     (("--prompt", "a", "--image", "{.}"), "cannot be read"), (("--prompt", "a", "--max_new_tokens", "10", "--min_tokens", "11"), "at most as many"),
 ])  # fmt: skip
 def test_wrong_flags(ask, model, pictures, flags, message):
@@ -299,11 +354,27 @@ def test_pictures_of_all_kinds(vlm, pictures):
 @pytest.mark.parametrize(("prompt", "message"), [
     ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "human first and last"), ([{"from": "gpt", "value": "b"}], "human first and last"),
     ([{"from": "moon", "value": "b"}], "turns are from human, gpt or system"), ([{"value": "b"}], "expected a text, token ids"), (3.5, "expected a text"),
+    ([[1], [2, 3]], "expected a text"), ([{"from": "human", "value": "a"}, [1, 2]], "turns are from human"),
+    ([{"from": "human", "value": "\ud800"}], "surrogate"),
+    (functools.reduce(lambda inner, _: [inner], range(100), 1), "expected a text"), (b"a", "expected a text"), (None, "expected a text"),
     ([{"from": "human", "value": None}], "a turn says 'None'"), ([], "its turns are from nobody"),
 ])  # fmt: skip
 def test_conversations_that_are_none(vlm, prompt, message):
     with pytest.raises(UserError, match=message):
         vlm.generate([prompt])
+
+
+def test_options_that_are_none(vlm):
+    with pytest.raises(UserError, match=r"max_tokens is no option of an answer; did you mean min_tokens\?|max_new_tokens\?"):
+        vlm.generate(["a"], max_tokens=3)
+    with pytest.raises(UserError, match="colour is no option of an answer; known are max_new_tokens"):
+        list(vlm.stream("a", colour=3))
+
+
+def test_a_template_of_one_text(model):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    with pytest.raises(UserError, match="has 3 turns, and the template interleaved is of one text"):
+        neva_jax.from_pretrained(model, conv_template="interleaved").generate([turns])
 
 
 def test_a_system_turn(vlm):
@@ -317,3 +388,83 @@ def test_the_model_stays_where_it_is(model, tmp_path):
     """A copied run answers alike: nothing of the first place is needed."""
     shutil.copytree(model, tmp_path / "copy")
     assert neva_jax.from_pretrained(tmp_path / "copy").generate(["a"], max_new_tokens=4) == neva_jax.from_pretrained(model).generate(["a"], max_new_tokens=4)
+
+
+# ---- called wrongly, or oddly --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_any_kind(vlm, pictures):
+    import jax.numpy as jnp
+
+    expected, image = vlm.generate(["One?", "Two?"], max_new_tokens=3), pictures / "0.png"
+    for prompts in (("One?", "Two?"), (text for text in ("One?", "Two?")), np.array(["One?", "Two?"])):
+        assert vlm.generate(prompts, max_new_tokens=3) == expected
+    assert vlm.generate(["One?", "Two?"], (() for _ in range(2)), max_new_tokens=3) == expected and vlm.generate([]) == []
+    assert vlm.generate(["One?"], [(image for _ in range(1))], max_new_tokens=3) == vlm.generate(["One?"], [[image]], max_new_tokens=3)
+    assert vlm.generate([jnp.array([1, 5, 6])], max_new_tokens=3) == vlm.generate([[1, 5, 6]], max_new_tokens=3) == vlm.generate([(1, 5, 6)], max_new_tokens=3)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"batch_size": 0}, "batch_size is 0"), ({"batch_size": -1}, "batch_size is -1"), ({"batch_size": 2.5}, "batch_size is 2.5"),
+    ({"seed": None}, "seed is None"), ({"seed": 2**70}, "at most 64 bits"), ({"seed": 1.5}, "seed is 1.5"),
+    ({"images": [None]}, "prompt 0: its pictures are one NoneType"), ({"images": [Image.new("RGB", (9, 9))]}, "prompt 0: its pictures are one Image"),
+    ({"images": [np.zeros((9, 9, 3), np.uint8)]}, "prompt 0: its pictures are one ndarray"), ({"images": Image.new("RGB", (9, 9))}, "images is one Image"),
+    ({"images": [[Image.new("RGB", (0, 0))]]}, "prompt 0: picture 0: a PIL picture"), ({"images": [[np.zeros((0, 5, 3), np.uint8)]]}, "prompt 0: picture 0"),
+    ({"images": [[Image.new("La", (9, 9))]]}, "prompt 0: picture 0: a PIL picture"),
+])  # fmt: skip
+def test_wrong_arguments(vlm, options, message):
+    with pytest.raises(UserError, match=message):
+        vlm.generate(["a"], **options)
+
+
+def test_a_picture_that_breaks_when_it_is_used(vlm, pictures):
+    with Image.open(pictures / "broken.png") as picture, pytest.raises(UserError, match="prompt 0: picture 0: a PIL picture"):
+        vlm.generate(["a"], [[picture]])
+    with pytest.raises(UserError, match="prompts is one int"):
+        vlm.generate(3)
+    with pytest.raises(UserError, match="pictures are one Image"):
+        next(vlm.stream("a", Image.new("RGB", (9, 9))))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"tensor_parallel": 0}, "tensor_parallel is 0"), ({"tensor_parallel": -1}, "tensor_parallel is -1"), ({"tensor_parallel": "2"}, "tensor_parallel is '2'"),
+    ({"dtype": "fp32"}, "dtype is 'fp32'"), ({"dtype": "int8"}, "dtype is 'int8'"), ({"bases": "/nowhere"}, "there is no /nowhere"),
+])  # fmt: skip
+def test_a_model_opened_wrongly(model, options, message):
+    with pytest.raises(UserError, match=message):
+        neva_jax.from_pretrained(model, **options)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "generation_config.json: not valid JSON"), ("[1]", "generation_config.json: holds list"), ('{"eos_token_id": ["a"]}', "eos_token_id is"),
+])  # fmt: skip
+def test_what_says_the_end_is_broken(tmp_path, content, message):
+    shutil.copytree(golden("checkpoints/llava"), tmp_path / "hf", copy_function=shutil.copyfile)
+    (tmp_path / "hf" / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        neva_jax.from_pretrained(tmp_path / "hf")
+
+
+def test_no_more_room_than_the_model_has_positions(vlm, monkeypatch):
+    """A cache for a million tokens would be gigabytes."""
+    from neva_jax.inference import answers
+
+    rooms, generation = [], answers.Generation
+    monkeypatch.setattr(answers, "Generation", lambda weights, batch, sampling, *rest: rooms.append(sampling.max_new_tokens) or generation(
+        weights, batch, sampling, *rest))  # fmt: skip
+    (answer,) = vlm.answers(["word " * 40], max_new_tokens=10**6)
+    "".join(vlm.stream("word " * 40, max_new_tokens=10**6))
+    assert rooms == [vlm.max_length] * 2 and len(answer.tokens) <= vlm.max_length - len(vlm.processor.read("word " * 40).ids)
+
+
+def test_an_answer_that_says_image(ask, model, monkeypatch, vlm):
+    """Its tag is no picture of the next question's."""
+    asked = []
+
+    def stream(self, prompt, images=(), **options):
+        asked.append(prompt)
+        yield "an <image>"
+
+    monkeypatch.setattr(type(vlm), "stream", stream)
+    assert ask("--model", model, "--chat", keys=f"One?\n/image {'x' * 5000}\nTwo?\n")[0] == 0
+    assert [turn["value"] for turn in asked[1]] == ["One?", "an < image >", "Two?"]

@@ -51,21 +51,25 @@ class Processor:
 
     def read(self, prompt, images=(), where: str = "the prompt") -> Prompt:
         """prompt: a text, a conversation or token ids, see Vlm; images: pictures, or how many there will be."""
-        if isinstance(images, str | bytes | Path):
-            raise UserError(f"{where}: its pictures are one {type(images).__name__}, expected a list of pictures; write [picture]")
+        if images is None or isinstance(images, str | bytes | Path | Image.Image) or getattr(images, "ndim", 0) == 3:
+            raise UserError(f"{where}: its pictures are one {type(images).__name__}, expected a list of pictures; write [picture], or [] for none")
         images = (None,) * images if isinstance(images, int) else tuple(images)
-        ids = np.asarray(prompt) if isinstance(prompt, np.ndarray | Sequence) and not isinstance(prompt, str) else np.array([])
-        if ids.size and ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer):
-            return self._of_ids(ids.astype(np.int64), images, where)
+        if (ids := _ids(prompt)) is not None:
+            return self._of_ids(ids, images, where)
         if self.encoder is None:
             raise UserError(self.lacking)
         system, turns = _turns(prompt, where)
+        if self.encoder.template == "interleaved" and len(turns) > 1:
+            raise UserError(f"{where} has {len(turns)} turns, and the template interleaved is of one text; give that text")
         tags = sum(turn.text.count(PLACEHOLDER) for turn in turns)
         if tags not in (0, len(images)):
             raise UserError(f"{where} has {tags} {PLACEHOLDER} and {len(images)} pictures; give as many, or no {PLACEHOLDER} to put them first")
         if not tags:
             turns[0] = turns[0]._replace(text=f"{PLACEHOLDER}\n" * len(images) + turns[0].text)
-        pieces = render(self.encoder.template, turns, system)
+        try:
+            pieces = render(self.encoder.template, turns, system)
+        except UserError as error:  # a template of one round, say
+            raise UserError(f"{where}: {error}") from None
         stream = encode(pieces, self.encoder.tokenizer, self.encoder.special, self.media_length)
         if stream.num_media != len(images):
             raise UserError(f"{where}: the template {self.encoder.template} keeps {stream.num_media} of its {len(images)} pictures; put them into a question")
@@ -114,17 +118,29 @@ class Processor:
         return self.image_processor(_encoded(image, where), where)
 
 
+def _ids(prompt) -> np.ndarray | None:
+    """int64[n]; None for what are no token ids. An array of any library will do."""
+    if isinstance(prompt, str) or not (isinstance(prompt, Sequence) or hasattr(prompt, "__array__")):
+        return None
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists in lists, of several lengths or too many
+        return None
+    return ids.astype(np.int64) if ids.size and ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) else None
+
+
 def _encoded(image, where: str) -> bytes:
     if isinstance(image, bytes | bytearray):
         return bytes(image)
     if isinstance(image, str | Path):
         try:
-            path = Path(image)
-            if path.is_file() and path.stat().st_size > MAX_BYTES:
-                raise UserError(f"{where}: {image} has {path.stat().st_size} bytes, expected at most {MAX_BYTES}; shrink the picture")
-            return path.read_bytes()
+            with open(image, "rb") as file:
+                content = file.read(MAX_BYTES + 1)  # not all: a device has no end
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: {image} cannot be read ({getattr(error, 'strerror', None) or error}); give the path of a picture") from None
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{where}: {image} has more than {MAX_BYTES} bytes; shrink the picture")
+        return content
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"{where} is an array {image.dtype}{list(image.shape)}, expected uint8[height, width, 3]")
@@ -132,13 +148,17 @@ def _encoded(image, where: str) -> bytes:
     if not isinstance(image, Image.Image):
         raise UserError(f"{where} is a {type(image).__name__}, expected a file, bytes, a PIL picture or an array")
     buffer = io.BytesIO()
-    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(buffer, "PNG")
+    try:  # a file that Pillow has only opened is read now
+        (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert("RGB")).save(buffer, "PNG")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{where}: a PIL picture of {image.size} pixels cannot be used ({error}); open it again") from None
     return buffer.getvalue()
 
 
 def _turns(prompt, where: str) -> tuple[str | None, list[Turn]]:
     """-> the system's words, or None for the template's own, and the turns, human first and last."""
     if isinstance(prompt, str):
+        _check_text(prompt, where)
         return None, [Turn("human", prompt)]
     expected = 'a text, token ids, or a conversation such as [{"from": "human", "value": "..."}]'
     try:
@@ -150,4 +170,12 @@ def _turns(prompt, where: str) -> tuple[str | None, list[Turn]]:
         raise UserError(f"{where}: its turns are from {', '.join(role for role, _ in said) or 'nobody'}; expected human and gpt in turns, human first and last")
     if bad := [text for text in (system or "", *(text for _, text in said)) if not isinstance(text, str)]:
         raise UserError(f"{where}: a turn says {str(bad[0])[:80]!r}, expected a text")
+    _check_text("".join([system or "", *(text for _, text in said)]), where)
     return system, [Turn(role, text) for role, text in said]
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has half of a surrogate pair at character {error.start}, expected text, which tokenizers can take") from None

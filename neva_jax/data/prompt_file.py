@@ -17,7 +17,7 @@ def read(path: str) -> list[tuple[str, dict]]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give a .json or .jsonl file of questions") from None
     if path.endswith(".jsonl"):
-        found = [(f"{path}, line {i}", line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+        found = [(f"{path}, line {i}", line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]  # a text may hold U+2028
     elif path.endswith(".json"):
         whole = _parsed(content, path)
         if not isinstance(whole, list):

@@ -163,9 +163,9 @@ class SentencePieceTokenizer:
         return self._added.get(token, self._piece(token))
 
     def decode(self, ids) -> str:
-        """Text of ids. Tokens at which text is cut show by their names; the model's own control pieces (<s>, </s>) do not."""
+        """Text of ids. Tokens at which text is cut show by their names; the model's own control pieces (<s>, </s>) do not, nor ids that no piece has."""
         names, text = {i: token for token, i in self._added.items()}, ""
         for name, group in itertools.groupby(map(int, ids), names.get):
             run, decoder = list(group), self._original if self.restarts or not text else self._following
-            text += name * len(run) if name else decoder.decode(run)
+            text += name * len(run) if name else decoder.decode([i for i in run if i < decoder.get_piece_size()])
         return text

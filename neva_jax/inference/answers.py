@@ -1,6 +1,7 @@
 """Token ids -> answers: text, where it ends, and what of it may be shown before it is whole."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import jax
@@ -103,14 +104,14 @@ class _Row:
             low, high = (low, middle) if _holds(self._text(middle), self.stop_texts) else (middle + 1, high)
         return low
 
-    def _text(self, count: int | None = None) -> str:
+    def _text(self, count: int | None = None, more: tuple[int, ...] = ()) -> str:
         tokens = self.tokens[:count]
         if self.tokenizer is None:
             return ""
         silent = {self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.pad_id, self.tokenizer.unk_id}
         if tokens and tokens[-1] in self.stop_ids:
             tokens = tokens[:-1]
-        return self.tokenizer.decode([token for token in tokens if token not in silent])
+        return self.tokenizer.decode([*(token for token in tokens if token not in silent), *more])
 
     def answer(self) -> Answer:
         text = self._text()
@@ -119,7 +120,10 @@ class _Row:
 
     def settled(self) -> str:
         """As much of the text as no later token can change: not the bytes of half a character, nor what may be the beginning of a stop text."""
-        text = self._text().rstrip("\ufffd")
+        text = self._text()
+        if self.tokenizer and (byte := self.tokenizer.id_of("<0xFF>")) is not None:  # with a wrong byte behind them, some decoders spoil a whole run of bytes
+            text = os.path.commonprefix([text, self._text(more=(byte,))])
+        text = text.rstrip("\ufffd")
         held = max((n for stop in self.stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         return text[: len(text) - held].strip()
 

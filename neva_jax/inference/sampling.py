@@ -6,6 +6,8 @@ key, so that its answer does not depend on the rows beside it. Given up: beams, 
 """
 
 import dataclasses
+from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -37,17 +39,17 @@ class Sampling:
     end_strings: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.end_strings, str):
-            raise UserError(f"end_strings is the text {self.end_strings!r}, expected a list of texts, such as ['</s>']")
+        if isinstance(self.end_strings, str) or not isinstance(self.end_strings, Iterable):
+            raise UserError(f"end_strings is {self.end_strings!r}, expected a list of texts, such as ['</s>']")
         object.__setattr__(self, "end_strings", tuple(self.end_strings))
         for name, (kind, least, most) in RANGES.items():
             value = getattr(self, name)
-            is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
             if not is_number or not least <= value <= most:
                 raise UserError(f"{name} is {value!r}, expected {'a whole number' if kind is int else 'a number'} from {least:g} to {most:g}")
         if self.min_tokens > self.max_new_tokens:
             raise UserError(f"min_tokens is {self.min_tokens} and max_new_tokens {self.max_new_tokens}; give at most as many")
-        if bad := [text for text in self.end_strings if not isinstance(text, str) or not text]:
+        if bad := [text for text in self.end_strings if not isinstance(text, str) or not text.encode(errors="ignore")]:
             raise UserError(f"end_strings has {bad[0]!r}, expected a text of at least one character")
 
     @property
@@ -58,7 +60,8 @@ class Sampling:
     @property
     def numbers(self) -> dict[str, jax.Array]:
         """What a compiled program takes in, so that other numbers of one kind compile nothing."""
-        floats = {name: jnp.float32(getattr(self, name)) for name in ("temperature", "top_p", "repetition_penalty")}
+        floats = {name: jnp.float32(getattr(self, name)) for name in ("top_p", "repetition_penalty")}
+        floats["temperature"] = jnp.float32(max(self.temperature, 1e-30))  # less is 0 in float32, and logits over it are not numbers
         return floats | {name: jnp.int32(getattr(self, name)) for name in ("top_k", "min_tokens")}
 
 

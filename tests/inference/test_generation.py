@@ -1,5 +1,7 @@
 """Whole answers: the same with a cache and without, alone and in a batch, on one device and on a mesh, and those of transformers; stops, limits, streams."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,6 +278,27 @@ def test_a_stream_is_the_answer(monkeypatch, chunk):
     assert "".join(pieces) == "a #b## c\u00e9 x" == speaker.answers(batch, Sampling(), None)[0].text
     assert len(pieces) > 1 or chunk == 16
     assert "\ufffd" not in "".join(pieces) and all(pieces)
+
+
+class Runs(Letters):
+    """As tokenizers' ByteFallback: a run of bytes is spoilt whole by a wrong one."""
+
+    def decode(self, ids):
+        runs = "".join("<" if i == 50 else ">" if i == 51 else "!" if i == 52 else self.text[(i - 3) % len(self.text)] for i in ids)
+        whole = lambda run: run.replace("<>", "\u00e9") if re.fullmatch("(<>)*", run) else "\ufffd" * len(run)  # noqa: E731
+        return re.sub("[<>!]+", lambda run: whole(run[0]), runs)
+
+    def id_of(self, token):
+        return 52 if token == "<0xFF>" else None
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_a_stream_goes_on_behind_a_wrong_byte(monkeypatch, chunk):
+    speaker = Said(None, Runs(), (2,))
+    for said, text in (([50, 51, 52], "\ufffd" * 3), ([50, 51, 50, 51], "\u00e9\u00e9"), ([50, 51, 50], "\ufffd" * 3)):
+        for tail in ([], ids(" and on")):
+            batch = speaker.with_tokens(monkeypatch, [[*ids("a"), *said, *tail]], chunk)
+            assert "".join(speaker.stream(batch, Sampling(), None)) == "a" + text + (" and on" if tail else "")
 
 
 def test_too_many_ends():

@@ -98,7 +98,20 @@ def test_a_row_draws_by_its_own_number():
     ("top_p", 1.5, "top_p is 1.5"), ("top_k", -1, "top_k is -1"), ("top_k", 2.5, "top_k is 2.5, expected a whole number"), ("top_k", True, "top_k is True"),
     ("repetition_penalty", 0, "repetition_penalty is 0"), ("max_new_tokens", 0, "max_new_tokens is 0"), ("min_tokens", 100, "give at most as many"),
     ("end_strings", "</s>", "expected a list of texts"), ("end_strings", [""], "at least one character"), ("end_strings", [3], "expected a text"),
+    ("end_strings", None, "expected a list of texts"), ("end_strings", 5, "expected a list of texts"), ("end_strings", ["\udcff"], "at least one character"),
 ])  # fmt: skip
 def test_values_out_of_range(field, value, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(Sampling(), **{field: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-42, 1e-300])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_temperature_near_zero_is_greedy(temperature, top_p):
+    """1e-42 is 0 in float32."""
+    np.testing.assert_array_equal(pick(Sampling(temperature=temperature, top_p=top_p))[0], LOGITS.argmax(-1))
+
+
+def test_numbers_of_numpy():
+    sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), max_new_tokens=np.int32(4))
+    np.testing.assert_array_equal(pick(sampling)[0], pick(Sampling(4, temperature=0.5, top_k=3))[0])
