@@ -15,6 +15,7 @@ import pytest
 from helpers import ROOT
 from runs import assert_same, logged, run, saved, steps_of
 
+pytestmark = pytest.mark.processes
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=1"
 BOUND = 60  # seconds that an end may take
 

@@ -61,8 +61,7 @@ WAYS = {
 }
 SETTINGS = {
     "greedy": Sampling(max_new_tokens=21),
-    "penalty": Sampling(max_new_tokens=21, repetition_penalty=1.4, min_tokens=18),
-    "drawn": Sampling(max_new_tokens=21, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.1),
+    "drawn": Sampling(max_new_tokens=21, temperature=0.8, top_p=0.95, top_k=40, repetition_penalty=1.4, min_tokens=18),
 }
 
 
@@ -97,14 +96,14 @@ def test_alone_and_in_a_batch(setting):
     for tokens in together.values():
         np.testing.assert_array_equal(tokens, together["stacked"])
     apart = WAYS["apart"]()
-    for i in range(4):
+    for i in (0, 1):  # each is another shape
         generation = engine.Generation(apart, row(i), SETTINGS[setting], (2, 40), row_keys(5, np.array([i])))
         alone = np.concatenate([tokens for tokens, _ in generation], 1)[0]
         np.testing.assert_array_equal(alone, together["stacked"][i][: len(alone)])
         assert (together["stacked"][i][len(alone) :] == -1).all()
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 2}, {"fsdp": 2, "tensor": 2}, {"tensor": 4}, {"data": 4}, {"fsdp": 8}], ids=str)
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2}, {"tensor": 4}, {"data": 8}], ids=str)
 def test_a_mesh_answers_alike(axes, expected):
     """Key/value heads fewer than devices, too: two heads on four devices."""
     count = int(np.prod(list(axes.values())))
@@ -140,15 +139,16 @@ def test_transformers_generates_the_same():
     padded, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
     for i, one in enumerate(ids):
         padded[i, 12 - len(one) :], mask[i, 12 - len(one) :] = torch.tensor(one), 1
+    weights = Weights(GRAPHDEF, found)
     for options, sampling in (({}, Sampling(20)), ({"repetition_penalty": 1.3, "min_new_tokens": 15}, Sampling(20, 15, repetition_penalty=1.3))):
+        ours = generate(weights, batch, sampling, (2,))
         with torch.no_grad():
             for i, one in enumerate(ids):  # alone: in a batch their penalty counts the padding as said
                 answer = theirs.generate(torch.tensor(one)[None], max_new_tokens=20, do_sample=False, **options)[0, len(one) :].numpy()
-                ours = generate(Weights(GRAPHDEF, found), batch, sampling, (2,))[i]
-                np.testing.assert_array_equal(ours[ours >= 0], answer)
+                np.testing.assert_array_equal(ours[i][ours[i] >= 0], answer)
     with torch.no_grad():
         together = theirs.generate(padded, attention_mask=mask, max_new_tokens=20, do_sample=False)[:, 12:].numpy()
-    ours = generate(Weights(GRAPHDEF, found), batch, Sampling(20), (2,))
+    ours = generate(weights, batch, Sampling(20), (2,))
     np.testing.assert_array_equal(np.where(ours < 0, 0, ours), together[:, : ours.shape[1]])
 
 
