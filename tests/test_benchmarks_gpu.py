@@ -18,6 +18,7 @@ def last(command: str, seconds: float = 30.0) -> dict:
     return list(gpu.watch([sys.executable, "-c", command], seconds))[-1]
 
 
+@pytest.mark.processes
 def test_a_section_is_measured(tmp_path):
     gpu.main("tiny", 9, ["pretrain bf16"], tmp_path / "gpu.json")
     found = json.loads((tmp_path / "gpu.json").read_text())

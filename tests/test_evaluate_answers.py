@@ -221,6 +221,7 @@ cli.run(evaluate.main, evaluate.define_flags, with_config=False)
 """
 
 
+@pytest.mark.processes
 def test_a_killed_evaluation_of_a_real_model(files, tmp_path, command):  # noqa: F811
     models_of_ours.ours(tmp_path / "tiny")
     arguments = list(map(str, [*files, "--model", tmp_path / "tiny", "--max_new_tokens", "4", "--batch_size", "4", "--json"]))

@@ -18,22 +18,21 @@ from neva_jax.errors import DataError, UserError
 from neva_jax.hub import is_run
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 1], ids=["accumulation 1", "accumulation 4"])
-def test_exact(tmp_path, monkeypatch, micro_batch_size):
-    whole = tmp_path / "whole"
+@pytest.mark.parametrize(("micro_batch_size", "workers"), [(4, 2), (1, 0)], ids=["accumulation 1, 2 workers", "accumulation 4, 0 workers"])
+def test_exact(tmp_path, monkeypatch, micro_batch_size, workers):
+    """The uninterrupted run has no workers: they change nothing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, model__micro_batch_size=micro_batch_size)
-    for workers in (0, 2):
-        parts = tmp_path / f"parts with {workers} workers"
-        settings = {"model__micro_batch_size": micro_batch_size, "model__data__num_workers": workers}
-        assert run_until_stopped(monkeypatch, parts, after=2, **settings) == 143
-        stopped_at = steps_of(parts)[-1]
-        assert 2 <= stopped_at < 6
-        run(parts, **settings)
-        assert steps_of(parts)[-1] == 6
-        for item in ("trainable", "optimizer"):
-            assert_same(saved(parts, item), saved(whole, item))
-        names = ("reduced_train_loss", "grad_norm", "consumed_samples", "tokens", "supervised_tokens")
-        assert logged(parts, *names) == logged(whole, *names)
+    settings = {"model__micro_batch_size": micro_batch_size, "model__data__num_workers": workers}
+    assert run_until_stopped(monkeypatch, parts, after=2, **settings) == 143
+    stopped_at = steps_of(parts)[-1]
+    assert 2 <= stopped_at < 6
+    run(parts, **settings)
+    assert steps_of(parts)[-1] == 6
+    for item in ("trainable", "optimizer"):
+        assert_same(saved(parts, item), saved(whole, item))
+    names = ("reduced_train_loss", "grad_norm", "consumed_samples", "tokens", "supervised_tokens")
+    assert logged(parts, *names) == logged(whole, *names)
 
 
 def test_a_finished_run_only_reports(tmp_path):
@@ -44,6 +43,7 @@ def test_a_finished_run_only_reports(tmp_path):
     assert_same(saved(tmp_path, "trainable"), before)
 
 
+@pytest.mark.processes
 def test_sigterm_saves_and_exits_with_143(tmp_path):
     """A process of its own, stopped from outside; the next start continues."""
     config = tmp_path / "config.json"
