@@ -365,7 +365,7 @@ def test_conversations_that_are_none(vlm, prompt, message):
 
 
 def test_options_that_are_none(vlm):
-    with pytest.raises(UserError, match=r"max_tokens is no option of an answer; did you mean min_tokens\?|max_new_tokens\?"):
+    with pytest.raises(UserError, match=r"max_tokens is no option of an answer; did you mean max_new_tokens"):
         vlm.generate(["a"], max_tokens=3)
     with pytest.raises(UserError, match="colour is no option of an answer; known are max_new_tokens"):
         list(vlm.stream("a", colour=3))
