@@ -6,10 +6,14 @@
     another number of ranks              python convert_torch.py --input llama2_tp1.nemo --output llama2_tp4_pp2.nemo --to nemo --tensor_parallel 4
                                              --pipeline_parallel 2
     a run of ours, or a step of it       python convert_torch.py --input nemo_experiments/finetune[/checkpoints/2000] --output my-llava --to hf
+    a LoRA run's adapters alone          python convert_torch.py --input nemo_experiments/peft --output adapter --to {hf,nemo}
+    the same in its base's weights       python convert_torch.py --input nemo_experiments/peft --output my-llava --to {hf,nemo,orbax} --merge_lora
+    another program's adapters           python convert_torch.py --input adapter --base llava-1.5-7b-hf --output my-llava --to hf --merge_lora
     weights to train from, prepared      python convert_torch.py --input llava-1.5-7b-hf --output llava-ours --to orbax
 
 Inputs: Hugging Face directories (Llama, Mistral, CLIP, SigLIP, LLaVA in every published layout; safetensors or .bin), .nemo files and unpacked
-ones (plain, any tensor and pipeline ranks, distributed), runs and steps of this program, and LLaVA's mm_projector.bin. What an input lacks, such
+ones (plain, any tensor and pipeline ranks, distributed), runs and steps of this program, LLaVA's mm_projector.bin, LoRA adapters (a directory
+of Hugging Face's peft, LLaVA's too, or a .nemo of NeMo's). What an input lacks, such
 as the tower that NeMo leaves out of its files or the language model beneath a trained projector, comes from --base, which may be repeated; a run
 of ours knows its own.
 
@@ -18,6 +22,7 @@ holds what NeMo itself would save: a tower only if it was trained (--parts llm,p
 """
 
 import contextlib
+import functools
 import json as jsonlib
 import logging
 import signal
@@ -29,8 +34,8 @@ from absl import flags
 from tqdm import tqdm
 
 from neva_jax import cli, hub
-from neva_jax.build import export, roundtrip
-from neva_jax.build.opened import opened
+from neva_jax.build import export, export_lora, roundtrip
+from neva_jax.build.opened import opened, trained_in_float8
 from neva_jax.convert.nemo import KEY_FORMATS
 from neva_jax.convert.source import PARTS
 from neva_jax.errors import UserError
@@ -40,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def main(
     input: str, output: str, to: str, tensor_parallel: int | None, pipeline_parallel: int | None, key_format: str | None, dtype: str | None,
-    base: list[str], tokenizer: str | None, conv_template: str | None, parts: list[str], verify: bool, json: bool,
+    base: list[str], tokenizer: str | None, conv_template: str | None, parts: list[str], verify: bool, json: bool, merge_lora: bool, merge_into: str | None,
 ) -> None:  # fmt: skip
     start, output = time.perf_counter(), Path(output)
     options = {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel, "key_format": key_format}
@@ -53,13 +58,21 @@ def main(
             log.info(f"{input}: {hub.FORMATS[model.format]}, with {', '.join(model.parts) or 'no weights'}")
             if verify:
                 verify_base(model, base)
-            chosen = choose(model, to, tuple(parts))
+            if merge_lora or merge_into:
+                model = merge(model, merge_into)
+            adapters = model.lora is not None and to != "orbax"
+            if adapters and parts:
+                raise UserError("--parts is of whole models, and the adapters alone are written; add --merge_lora to write them into the model")
+            chosen = ("adapters",) if adapters else choose(model, to, tuple(parts))
             report = {"input_format": model.format, "output_format": to, "parts": chosen}
-            with tqdm(unit="B", unit_scale=True, total=export.num_bytes(model.arrays(chosen)), disable=None) as bar:
-                write = {"orbax": export.to_orbax, "nemo": export.to_nemo, "hf": export.to_huggingface}[to]
-                report |= write(model, output, chosen, dtype=dtype, tell=lambda count: check() or bar.update(count), **options)
-            if to == "hf":
+            with tqdm(unit="B", unit_scale=True, total=None if adapters else export.num_bytes(model.arrays(chosen)), disable=None) as bar:
+                whole = {"orbax": export.to_orbax, "nemo": export.to_nemo, "hf": export.to_huggingface}
+                write = {"nemo": export_lora.to_nemo, "hf": export_lora.to_peft}[to] if adapters else functools.partial(whole[to], parts=chosen)
+                report |= write(model, output, dtype=dtype, tell=lambda count: check() or bar.update(count), **options)
+            if to == "hf" and not adapters:
                 report |= roundtrip.compare(model, output, chosen)
+            elif to == "hf":
+                report |= roundtrip.compare_adapters(model, output, [input, *base])
     except KeyboardInterrupt:
         log.error(f"interrupted: {f'{output} is whole, but was not compared' if output.exists() else f'nothing was left of {output}'}")
         raise
@@ -90,6 +103,21 @@ def interruptible():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def merge(model, into: str | None):
+    """The model with its adapters' products in its kernels."""
+    if model.lora is None:
+        raise UserError(f"--merge_lora: {model.path} holds no LoRA adapters; leave the flag out")
+    quantised = trained_in_float8(model)
+    if quantised and into is None:
+        raise UserError(
+            f"--merge_lora: {model.path} was trained beside weights in e4m3 (model.fp8_frozen_weights); say what the adapters are added to: --merge_into "
+            "original (the weights before they were rounded, as is common) or --merge_into dequantized (the weights as training saw them)"
+        )
+    if into == "dequantized" and not quantised:
+        raise UserError(f"--merge_into dequantized: {model.path} was not trained beside weights in float8; leave the flag out")
+    return model.merged(rounded=quantised if into == "dequantized" else None)
 
 
 def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,6 +158,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("conv_template", None, "the conversation template, where the input names none", flag_values=values)
     flags.DEFINE_list("parts", [], "of llm,vision_encoder,projector, what to write; default: all there is, and for a .nemo what NeMo saves", flag_values=values)
     flags.DEFINE_bool("verify", False, "of a run: read every byte of the weights it stands on and compare hashes", flag_values=values)
+    flags.DEFINE_bool("merge_lora", False, "add the adapters' products to the weights they stand beside", flag_values=values)
+    flags.DEFINE_enum("merge_into", None, ["original", "dequantized"], "--merge_lora of a run with model.fp8_frozen_weights: into which", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
 
 

@@ -10,6 +10,10 @@ towers and a new projector alone, both on captions, then the language model too,
     python train.py --config configs/quickstart.py:towers
     python train.py --config configs/quickstart.py:pretrain
     python train.py --config configs/quickstart.py:finetune
+
+and in the place of the last, with a tenth of its weights trained (LoRA):
+
+    python train.py --config configs/quickstart.py:peft
 """
 
 from pathlib import Path
@@ -25,6 +29,7 @@ STAGES = {  # name: steps
     "towers": 200,
     "pretrain": 300,
     "finetune": 600,
+    "peft": 600,
 }
 
 
@@ -41,16 +46,16 @@ def get_config(stage: str = "all"):
     model.update({"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256, "num_attention_heads": 4, "encoder_seq_length": 256})
     model.update({"init_method_std": 0.08, "use_scaled_init_method": False})
     vision = {"patch_dim": 16, "crop_size": (32, 32), "hidden_size": 128, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 256}
-    mm.vision_encoder.update({**vision, "vision_select_layer": -1, "freeze": stage in ("pretrain", "finetune")})
+    mm.vision_encoder.update({**vision, "vision_select_layer": -1, "freeze": stage in ("pretrain", "finetune", "peft")})
     mm.mm_mlp_adapter_type = "mlp2x_gelu"
-    mm.llm.update({"freeze": stage == "pretrain", "model_type": "v1"})
+    mm.llm.update({"freeze": stage in ("pretrain", "peft"), "model_type": "v1"})
     model.tokenizer.model = str(DIGITS / "tokenizer.model")
 
     # where weights come from
     runs = Path("nemo_experiments")
     if stage == "pretrain":
         mm.llm.from_pretrained = mm.vision_encoder.from_pretrained = str(runs / "quickstart_towers")
-    elif stage == "finetune":
+    elif stage in ("finetune", "peft"):
         config.restore_from_path = str(runs / "quickstart_pretrain")
 
     # the data
@@ -64,4 +69,8 @@ def get_config(stage: str = "all"):
 
     model.optim.update({"lr": 1.5e-3, "weight_decay": 0.05, "betas": (0.9, 0.95)})
     model.optim.sched.update({"warmup_steps": 100, "min_lr": 1e-5})
+    if stage == "peft":
+        model.peft.peft_scheme = "lora"
+        model.peft.lora_tuning.update({"adapter_dim": 3, "target_modules": ("all",)})
+        model.optim.update({"lr": 1e-2, "weight_decay": 0.0})
     return config

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import base
 from neva_jax.data.conversation import TEMPLATES
 from neva_jax.errors import UserError
-from neva_jax.fields import ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, idle, traps
+from neva_jax.fields import ADAPTERS, ARCHITECTURE, CHOICES, FOLLOWERS, HINTS, INERT, NULLABLE, REFUSED, RULES, SCHED, idle, traps
 from neva_jax.mesh_sizes import check_devices, check_shape
 
 log = logging.getLogger(__name__)
@@ -159,6 +159,7 @@ def check(config: ConfigDict) -> None:
     _check_llm(get)
     check_shape(get)
     _check_together(get)
+    _check_peft(get)
     if get["trainer.devices"] not in (-1, "auto"):
         check_parallel(config, get["trainer.devices"] * get["trainer.num_nodes"])
     for sentence in traps(get):
@@ -227,6 +228,27 @@ def _check_together(get: dict) -> None:
         raise UserError(f"{SCHED}.min_lr is {get[f'{SCHED}.min_lr']}, expected at most model.optim.lr {get['model.optim.lr']}")
 
 
+def _check_peft(get: dict) -> None:
+    peft, tuning = "model.peft", "model.peft.lora_tuning"
+    if get[f"{peft}.peft_scheme"] is None:
+        return
+    for part in ("llm", "vision_encoder"):
+        if not get[f"model.mm_cfg.{part}.freeze"] and get["model.trainable"] is None:
+            raise UserError(
+                f"{peft}.peft_scheme is {get[f'{peft}.peft_scheme']} and model.mm_cfg.{part}.freeze False: adapters stand beside frozen weights; set freeze to "
+                "True, or peft_scheme to None, or say what trains with model.trainable"
+            )
+    if above := [layer for layer in get[f"{tuning}.layer_selection"] or () if layer > get["model.num_layers"]]:
+        raise UserError(f"{tuning}.layer_selection names layer {above[0]} of {get['model.num_layers']} (model.num_layers); the lowest is 1")
+    if get[f"{tuning}.column_init_method"] == get[f"{tuning}.row_init_method"] == "zero":
+        raise UserError(f"{tuning}.column_init_method and row_init_method are both zero, from where no gradient leads away; set one of them to xavier")
+    if get[f"{tuning}.adapter_dropout"] and get["model.pipeline_model_parallel_size"] > 1:
+        raise UserError(
+            f"{tuning}.adapter_dropout is {get[f'{tuning}.adapter_dropout']} with model.pipeline_model_parallel_size "
+            f"{get['model.pipeline_model_parallel_size']}: the micro-batches of a round would drop the same; set it to 0, or shard by fsdp_parallel_size"
+        )
+
+
 def check_parallel(config: ConfigDict, num_devices: int) -> int:
     """The data parallel size (data x fsdp) on so many devices, after checking that the mesh and the batch sizes fit it."""
     return check_devices(leaves(config), num_devices)
@@ -267,11 +289,14 @@ def from_json(saved: dict) -> ConfigDict:
 
 def architecture(config: ConfigDict) -> dict[str, object]:
     """{dotted path: value} of what defines the weights' shapes and meaning, as saved with a checkpoint; null sizes are resolved."""
-    result = {path: leaves(config)[path] for path in sorted(ARCHITECTURE)}
+    adapters = set() if config.model.peft.peft_scheme is None else ADAPTERS
+    result = {path: leaves(config)[path] for path in sorted(ARCHITECTURE | adapters)}
     heads = result["model.num_attention_heads"]
     result["model.num_query_groups"] = result["model.num_query_groups"] or heads
     result["model.kv_channels"] = result["model.kv_channels"] or result["model.hidden_size"] // heads
     result["model.activation"] = result["model.activation"].removeprefix("fast-")
+    if adapters:
+        result["model.peft.lora_tuning.alpha"] = float(result["model.peft.lora_tuning.alpha"] or result["model.peft.lora_tuning.adapter_dim"])
     return to_json(result)
 
 

@@ -26,7 +26,11 @@ VISION_SHAPE = paths(
     "model_type class_token_length",
 )
 FP8 = paths("model", "fp8 fp8_e4m3 fp8_hybrid fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_frozen_weights fp8_scaling")
-ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what they mean: another value cannot resume a run
+ADAPTERS = {"model.peft.peft_scheme"} | paths("model.peft.lora_tuning", "adapter_dim alpha target_modules variant layer_selection")
+ADAPTER_TRAINING = {"model.peft.projector_lr_factor"} | paths(
+    "model.peft.lora_tuning", "adapter_dropout dropout_position column_init_method row_init_method"
+)
+ARCHITECTURE = LLM_SHAPE | VISION_SHAPE  # the shapes of the weights and what they mean: another value cannot resume a run; nor can one of ADAPTERS
 
 HONOURED = (
     {"name", "restore_from_path", "trainer.deterministic"}
@@ -42,6 +46,9 @@ HONOURED = (
     | paths("model", "do_layer_norm_weight_decay fp32_residual_connection use_flash_attention activations_checkpoint_granularity")
     | paths("model", "activations_checkpoint_method activations_checkpoint_num_layers")
     | FP8
+    | ADAPTERS
+    | ADAPTER_TRAINING
+    | {"model.peft.restore_from_path"}
     | paths("model.mm_cfg", "llm.from_pretrained llm.freeze llm.model_type pretrain_mm_mlp_adapter allow_random_frozen")
     | paths(VISION, "from_pretrained freeze")
     | paths("model.tokenizer", "library type model vocab_file merge_file sentencepiece_legacy additional_special_tokens")
@@ -115,13 +122,7 @@ INERT_GROUPS = (  # (section, names, reason)
     ("model.energon", "data", "read only with use_energon"),
     ("model.nsys_profile", "start_step end_step ranks gen_shape", "read only with nsys_profile.enabled"),
     ("model.optim", "bucket_cap_mb overlap_grad_sync overlap_param_sync contiguous_grad_buffer grad_sync_dtype", "XLA schedules the reduction of gradients"),
-    ("model.peft", "restore_from_path projector_lr_factor", "read only with peft_scheme"),
-    (
-        "model.peft.lora_tuning",
-        "adapter_dim alpha adapter_dropout dropout_position column_init_method row_init_method target_modules layer_selection variant weight_tying "
-        "position_embedding_strategy",
-        "read only with peft_scheme",
-    ),
+    ("model.peft.lora_tuning", "position_embedding_strategy", "read only with weight_tying"),
 )
 INERT = {path: reason for section, names, reason in INERT_GROUPS for path in (paths(section, names) if section else {names})}
 
@@ -164,7 +165,7 @@ REFUSED_GROUPS = (  # (section, names, sentence)
     ("model.energon", "use_energon", LATER),
     ("model.nsys_profile", "enabled", LATER),
     (SCHED, "cycle", LATER),
-    ("model.peft", "peft_scheme", LATER),
+    ("model.peft.lora_tuning", "weight_tying", "every layer has adapters of its own"),
 )
 REFUSED = {path: sentence for section, names, sentence in REFUSED_GROUPS for path in paths(section, names)}
 
@@ -180,6 +181,7 @@ NULLABLE = {
     f"{SCHED}.constant_steps",
 }
 
+INITS = ("xavier", "normal", "kaiming", "zero")
 PRECISIONS = ("bf16", "bf16-mixed", 32)
 OPTIMIZERS = "fused_adam adamw megatron_fused_adam distributed_fused_adam mcore_distributed_optim adam sgd"
 SCHEDULES = (
@@ -211,7 +213,17 @@ CHOICES = {  # honoured fields with a fixed set of values
     "model.optim.name": tuple(OPTIMIZERS.split()),
     "model.optim.grad_accum_dtype": ("fp32", "bf16"),
     f"{SCHED}.name": tuple(SCHEDULES.split()),
+    "model.peft.peft_scheme": (None, "lora"),
+    "model.peft.lora_tuning.variant": ("nemo", "canonical"),
+    "model.peft.lora_tuning.dropout_position": ("pre", "post"),
+    "model.peft.lora_tuning.column_init_method": INITS,
+    "model.peft.lora_tuning.row_init_method": INITS,
 }
+
+LORA_TARGETS = {  # NeMo's names, and Hugging Face's -> projections of a layer, or further names
+    "attention_qkv": ("q", "k", "v"), "attention_dense": ("o",), "mlp_fc1": ("gate", "up"), "mlp_fc2": ("down",),
+    "attention": ("attention_qkv", "attention_dense"), "mlp": ("mlp_fc1", "mlp_fc2"), "all": ("attention", "mlp"),
+} | {f"{name}_proj": (name,) for name in ("q", "k", "v", "o", "gate", "up", "down")}  # fmt: skip
 
 LLAMAS = ("llama_2", "llama_3", "mistral", "v1")
 LLAMA = {"model.mm_cfg.llm.model_type": LLAMAS, "model.data.conv_template": LLAMAS, "model.normalization": ("rmsnorm",)}  # what each shows itself by
@@ -223,6 +235,8 @@ HINTS = {
     "model.precision": FP16,
     "model.data.image_aspect_ratio": "; keep and anyres are only in neva_jax.data.image.ImageProcessor(aspect=...): keep's size varies with the picture and "
     "CLIP's position table takes one (NeMo's own tower fails on it), and merging anyres's tiles needs LLaVA-NeXT's image_newline, not in this version",
+    "model.peft.peft_scheme": "; ptuning, ia3, adapter, mlp_head and the other schemes of NeMo's map are not in this version; qlora's purpose, a small frozen "
+    "base, is served by lora with model.fp8=True and model.fp8_frozen_weights=True; several schemes at once are not either",
     "model.activation": "; fast- says how NeMo stores two matrices and changes no number",
 }
 
@@ -237,11 +251,12 @@ POSITIVE = (
     | paths("model.data", "max_media max_bad_images pixel_cache_gib")
     | paths(SCHED, "max_steps d_model")
     | {f"{CHECKPOINTS}.every_n_train_steps", "model.optim.eps", "evaluation.batch_size", "evaluation.max_new_tokens"}
+    | paths("model.peft.lora_tuning", "adapter_dim alpha")
 )
 NOT_NEGATIVE = (
     paths("model.optim", "lr weight_decay")
     | paths(SCHED, "warmup_steps constant_steps hold_steps min_lr power decay_rate")
-    | {"trainer.gradient_clip_val", "model.data.num_workers", "model.seed", "evaluation.num_samples"}
+    | {"trainer.gradient_clip_val", "model.data.num_workers", "model.seed", "evaluation.num_samples", "model.peft.projector_lr_factor"}
 )
 
 
@@ -263,10 +278,17 @@ def traps(get: dict) -> Iterator[str]:
 
 def idle(get: dict) -> dict[str, str]:
     """{path: reason} of honoured fields that do nothing beside the others of a config {path: value}."""
+    found = {}
+    if get["model.peft.peft_scheme"] is None:
+        fields = ADAPTERS | ADAPTER_TRAINING | {"model.peft.restore_from_path"}
+        found |= dict.fromkeys(fields - {"model.peft.peft_scheme"}, "read only with peft_scheme")
+    elif not get["model.peft.lora_tuning.adapter_dropout"]:
+        found["model.peft.lora_tuning.dropout_position"] = "read only with adapter_dropout"
     if not get["model.fp8"]:
-        return dict.fromkeys(FP8 - {"model.fp8"}, "read only with fp8")
-    delayed = get["model.fp8_scaling"] == "delayed"
-    return {} if delayed else dict.fromkeys(paths("model", "fp8_amax_history_len fp8_amax_compute_algo"), "read only with fp8_scaling delayed")
+        found |= dict.fromkeys(FP8 - {"model.fp8"}, "read only with fp8")
+    elif get["model.fp8_scaling"] != "delayed":
+        found |= dict.fromkeys(paths("model", "fp8_amax_history_len fp8_amax_compute_algo"), "read only with fp8_scaling delayed")
+    return found
 
 
 def _number(value) -> bool:
@@ -304,6 +326,15 @@ RULES = {  # {path: (what holds for every value but null, in words)}
     ),
     f"{VISION}.crop_size": (lambda v: len(v) == 2 and v[0] == v[1] and _whole(v[0]) and v[0] > 0, "two equal numbers of pixels, such as (224, 224)"),
     "model.optim.betas": (lambda v: len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1, such as (0.9, 0.95)"),
+    "model.peft.lora_tuning.adapter_dropout": (lambda v: 0 <= v < 1, "a share from 0 to below 1"),
+    "model.peft.lora_tuning.target_modules": (
+        lambda v: len(v) > 0 and all(name in LORA_TARGETS for name in v),
+        f"names among {', '.join(LORA_TARGETS)}",
+    ),
+    "model.peft.lora_tuning.layer_selection": (
+        lambda v: len(v) > 0 and all(_whole(n) and n > 0 for n in v) and len(v) == len(set(v)),
+        "numbers of layers, the lowest being 1, such as (1, 12)",
+    ),
     "model.data.data_path": (lambda v: isinstance(v, str) or (isinstance(v, tuple) and all(isinstance(p, str) for p in v)), "the path of a .json file"),
     "model.data.concat_sampling_probabilities": (
         lambda v: all(_number(p) and p >= 0 for p in v) and 0 < sum(v) < float("inf"),

@@ -13,24 +13,29 @@ import jax
 from neva_jax.checkpoint.base import SavedTree, read_base
 from neva_jax.convert import source
 from neva_jax.convert.keymap import some
+from neva_jax.convert.peft import is_adapter_dir
 from neva_jax.convert.source import PARTS
 from neva_jax.convert.weights import full_digest, headers_digest
 from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
+from neva_jax.transforms.lora import Lora
 
 FORMATS = {  # what a path holds: in words
     "orbax": "a run of this program (config.json with checkpoints/ or base/), or a step of it",
     "hf": "a Hugging Face model directory (config.json and *.safetensors or pytorch_model*.bin)",
     "nemo": "a .nemo file or its unpacked directory",
+    "peft": "a LoRA adapter of Hugging Face's peft (adapter_config.json and adapter_model.safetensors or .bin)",
     "tensors": "a file of weights (.safetensors, .bin), such as LLaVA's mm_projector.bin",
 }
-OPENERS = {"hf": source.huggingface, "nemo": source.nemo_file, "tensors": source.huggingface}
+OPENERS = {"peft": source.peft_adapter, "hf": source.huggingface, "nemo": source.nemo_file, "tensors": source.huggingface}
 
 
 def format_of(path: str | Path, field: str = "the path") -> str:
     """Which of FORMATS a path holds. field: what an error calls the path."""
     path = Path(path)
     if path.is_dir():
+        if is_adapter_dir(path):
+            return "peft"
         if checkpoints_of(run_of(path)) is not None:
             return "orbax"
         if (path / "model_config.yaml").exists() or (path / "context").is_dir():
@@ -109,12 +114,12 @@ def verify_base(run: Path, bases=()) -> int:
 # ---- any -----------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS, bases=()) -> list:
-    """Sources for a path that `field` of the config names. bases: see open_base."""
+def open_weights(path: str | Path, config: NevaConfig, field: str, parts: tuple[str, ...] = PARTS, bases=(), lora: Lora | None = None) -> list:
+    """Sources for a path that `field` of the config names. bases: see open_base. lora: the adapters of the model that they are for."""
     path, kind = Path(path), format_of(path, field)
     if kind == "orbax":
         return open_run(path, config, parts, bases)
-    found = OPENERS[kind](path, config, parts)
+    found = OPENERS[kind](path, config, parts, lora)
     if not found.shapes:
         raise UserError(f"{field}: {path} holds no weights of {' or '.join(parts)}; found {some(sorted(found.names)) or 'none'}")
     return [found]

@@ -143,7 +143,7 @@ def from_pretrained(
         raise UserError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
     if tensor_parallel > jax.device_count():
         raise UserError(f"tensor_parallel is {tensor_parallel}, JAX sees {jax.device_count()} ({jax.devices()[0].platform}); give at most as many")
-    found = open_model(path, bases=bases, tokenizer=tokenizer, template=conv_template, field="from_pretrained")
+    found = open_model(path, bases=bases, tokenizer=tokenizer, template=conv_template, field="from_pretrained").merged()
     found.arrays(PARTS)  # all there, all of the right shape
     devices = devices or jax.devices()[:tensor_parallel]
     dtype = jnp.dtype(dtype or ("float32" if devices[0].platform == "cpu" else "bfloat16")).name

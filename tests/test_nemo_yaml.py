@@ -167,19 +167,20 @@ def said(caplog, level: int = logging.INFO) -> list[str]:
 def test_what_becomes_of_the_fields_is_said(load, caplog, capsys):
     caplog.set_level(logging.INFO)
     text = "run: {name: a, time_limit: 1}\ntrainer: {devices: 2, logger: true, accumulate_grad_batches: 1}\n"
-    config = load(text + "model: {fp8_interval: 2, peft: {peft_scheme: lora}, optim: {name: lamb, lr: 2e-3}}")
+    config = load(text + "model: {fp8_interval: 2, peft: {peft_scheme: ia3}, optim: {name: lamb, lr: 2e-3}}")
     assert said(caplog) == [
         "neva.yaml: 2 honoured, 1 inert, 3 refused, 1 at the only value that can be done (neva_jax/fields.py lists all)",
         "  honoured and not the default: trainer.devices 2",
         "  inert: run.name, run.time_limit: the cluster's launcher reads it",
-        "  refused as they stand: model.fp8_interval, model.peft.peft_scheme, model.optim.name",
+        "  refused as they stand: model.fp8_interval, model.optim.name, model.peft.peft_scheme",
     ]
     with pytest.raises(UserError) as error:
         library.check(config)
     message = str(error.value)
-    assert message.startswith("3 fields cannot be done: (1) model.fp8_interval is 2, but scales ") and "; set it to 1; (2) model.peft.peft_scheme is" in message
-    assert "; (3) model.optim.name is 'lamb', expected one of fused_adam" in message
-    for path, value in (("model.fp8_interval", 1), ("model.peft.peft_scheme", None), ("model.optim.name", "adam")):
+    assert message.startswith("3 fields cannot be done: (1) model.fp8_interval is 2, but scales ")
+    assert "; set it to 1; (2) model.optim.name is 'lamb', expected one of fused_adam" in message
+    assert "; (3) model.peft.peft_scheme is 'ia3', expected one of None, lora; ptuning, ia3, " in message
+    for path, value in (("model.fp8_interval", 1), ("model.peft.peft_scheme", "lora"), ("model.optim.name", "adam")):
         library.assign(config, path, value)
     caplog.clear()
     library.check(config)

@@ -7,17 +7,18 @@ batches), which no weight depends on.
 import json
 import logging
 import re
+import tempfile
 from pathlib import Path
 
-from neva_jax.build.nemo_config import NAMELESS, OURS, SCALINGS, TRAVELS, VOCAB, nemo_fields
+from neva_jax.build.nemo_config import LLM_FROM, NAMELESS, OURS, SCALINGS, TRAVELS, VOCAB, nemo_adapter_fields, nemo_fields
 from neva_jax.checkpoint.base import read_base
 from neva_jax.config import coerce, leaves
-from neva_jax.convert import hf, nemo
+from neva_jax.convert import hf, nemo, peft
 from neva_jax.convert.nemo_file import NemoFile
 from neva_jax.data.conversation import TEMPLATES
 from neva_jax.data.image import ImageProcessor
 from neva_jax.errors import UserError
-from neva_jax.fields import VISION
+from neva_jax.fields import ADAPTERS, VISION
 from neva_jax.hub import format_of, run_of
 from neva_jax.layers.rope import Rope
 from neva_jax.models.siglip import SiglipVisionConfig
@@ -37,11 +38,31 @@ def fields_of(path: str | Path, field: str = "the path") -> dict[str, object]:
     path, kind = Path(path), format_of(path, field)
     if kind == "hf":
         return huggingface_fields(path)
+    if kind == "peft":
+        return _peft_fields(path)
     if kind == "nemo":
-        return nemo_fields(NemoFile(path).config, str(path))
+        return _nemo_fields(path)
     if kind == "orbax":
         return _run_fields(run_of(path))
     return _projector_fields(hf.open_tensors(path))
+
+
+def _peft_fields(directory: Path) -> dict[str, object]:
+    """LLaVA's own adapters have a whole config.json beside them."""
+    fields = huggingface_fields(directory) if (directory / "config.json").is_file() else {}
+    base = peft.read_config(directory).get("base_model_name_or_path")
+    return fields | peft.adapter_fields(directory) | ({LLM_FROM: base} if isinstance(base, str) else {})
+
+
+def _nemo_fields(path: Path) -> dict[str, object]:
+    """With model.peft, which NeMo's own config keeps for every model of a run, only where adapters are inside."""
+    file = NemoFile(path)
+    fields = {name: value for name, value in nemo_fields(file.config, str(path)).items() if name not in ADAPTERS}
+    if not isinstance(section := file.config.get("peft"), dict) or not section.get("peft_scheme"):
+        return fields
+    with tempfile.TemporaryDirectory(prefix="neva_jax_nemo_") as scratch:
+        has_adapters = any(nemo.LORA.search(name) for name in file.tensors(Path(scratch), verify=False))
+    return fields | (nemo_adapter_fields(section, str(path)) if has_adapters else {})
 
 
 def guesses_of(path: str | Path) -> dict[str, object]:
@@ -96,7 +117,8 @@ def _run_fields(run: Path) -> dict[str, object]:
         saved = leaves(json.loads((run / "config.json").read_text()))
     except ValueError as error:
         raise UserError(f"{run / 'config.json'}: not valid JSON ({error}); copy it again") from None
-    fields = {name: coerce(name, value) for name, value in saved.items() if name in TRAVELS or name.startswith("model.tokenizer.")}
+    travels = TRAVELS | (ADAPTERS if saved.get("model.peft.peft_scheme") else set())
+    fields = {name: coerce(name, value) for name, value in saved.items() if name in travels or name.startswith("model.tokenizer.")}
     base = read_base(run)
     if base.get("whole") and not any(path.startswith("vision_encoder/") for path in base["copied"]):  # converted without its tower, of which it knows little
         fields = {name: value for name, value in fields.items() if name not in NAMELESS}

@@ -34,7 +34,7 @@ class Estimated:
     @property
     def gemms_per_layer(self) -> dict[str, float]:
         model, needed = self.step.config.model, self.step.needed_gemms
-        forward = needed // (2 + ("llm" in self.step.trained_parts))
+        forward = needed // (2 + ("llm" in self.step.model.trained_parts))
         again = 0.0
         if model.activations_checkpoint_granularity == "full" or self.step.bubble:
             chosen = model.activations_checkpoint_num_layers or 1 if model.activations_checkpoint_method == "block" and not self.step.bubble else math.inf

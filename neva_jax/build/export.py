@@ -97,6 +97,7 @@ def to_orbax(opened: Opened, output: Path, parts: tuple[str, ...], *, dtype: str
         save_lazily(made / "base", arrays)
         config = to_json(opened.config)
         config["restore_from_path"] = None
+        config["model"]["mm_cfg"]["pretrain_mm_mlp_adapter"] = None
         for part in ("llm", "vision_encoder"):
             config["model"]["mm_cfg"][part]["from_pretrained"] = None
         config["model"]["tokenizer"] |= _copy_tokenizer(opened, made)
@@ -146,15 +147,26 @@ def to_nemo(
     opened: Opened, output: Path, parts: tuple[str, ...], *, tensor_parallel: int = 1, pipeline_parallel: int = 1, key_format: str = "mcore",
     dtype: str | None = None, tell=None,
 ) -> dict:  # fmt: skip
-    arrays, config = to_write(opened, parts, dtype, tell), opened.config.copy_and_resolve_references()
+    arrays = to_write(opened, parts, dtype, tell)
     keys = nemo.key_map(config_of(opened, parts))
     outline = keys.outline(arrays)
+    tree, artifacts = nemo_tree(opened, parts, outline, tensor_parallel)
+    write_nemo(
+        output, keys.parts(arrays), outline, tree, artifacts, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, key_format=key_format,
+    )  # fmt: skip
+    return {"num_tensors": len(outline), "num_bytes": num_bytes(arrays)}
+
+
+def nemo_tree(opened: Opened, parts: tuple[str, ...], outline: dict, tensor_parallel: int) -> tuple[dict, dict[str, bytes]]:
+    """model_config.yaml of a file that holds `parts` whole, and the files of the tokenizer. outline: {name: (shape, dtype)} of what it holds."""
+    config = opened.config.copy_and_resolve_references()
     widest = np.result_type(*{own for _, own in outline.values()}).name
     config.unlock()
     config.model.mm_cfg.llm.freeze = "llm" not in parts  # as NeMo has it: what is frozen is not in the file
     config.model.mm_cfg.vision_encoder.freeze = "vision_encoder" not in parts
     config.model.mm_cfg.vision_encoder.from_pretrained = tower_name(opened)
     config.model.mm_cfg.llm.from_pretrained = None if "llm" in parts else opened.named.get("llm") or config.model.mm_cfg.llm.from_pretrained
+    config.model.mm_cfg.pretrain_mm_mlp_adapter = None
     tokenizer, section, artifacts = _nemo_tokenizer(opened)
     tree = nemo_config(
         config, parts=parts, tokenizer=section, precision=PRECISION.get(widest, 32), media_length=opened.neva.media_length,
@@ -165,10 +177,7 @@ def to_nemo(
     if tokenizer is None or -(-tokenizer.vocab_size // multiple) != -(-vocab // multiple):
         tree["override_vocab_size"] = -(-vocab // multiple) * multiple
     tree[OURS][VOCAB] = vocab
-    write_nemo(
-        output, keys.parts(arrays), outline, tree, artifacts, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, key_format=key_format,
-    )  # fmt: skip
-    return {"num_tensors": len(outline), "num_bytes": num_bytes(arrays)}
+    return tree, artifacts
 
 
 def nemo_parts(opened: Opened) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """FP8 as a config asks for it: the recipe, which GEMMs it is for, whether the devices have it, and the proof that a compiled step really uses it."""
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable
@@ -27,13 +28,15 @@ NAMED = re.compile(rf"{MARK}\.(\w+)\.(forward|backward)")
 
 @dataclasses.dataclass(frozen=True)
 class Fp8:
-    """kernels: paths of those whose GEMMs are FP8; quantised: those of them that are frozen and stored in e4m3; scales: {path: Weight} of delayed scaling."""
+    """kernels: paths of those whose GEMMs are FP8; quantised: those of them that are frozen and stored in e4m3; scales: {path: Weight} of delayed scaling.
+    transform: what makes a model's GEMMs FP8."""
 
     recipe: Recipe
     graphdef: nnx.GraphDef
     kernels: tuple[str, ...]
     quantised: tuple[str, ...]
     scales: dict[str, Weight]
+    transform: Callable[[nnx.Module], nnx.Module]
 
     def check_compiled(self, text: str) -> None:
         """Raises where a step compiled for a GPU multiplies in another precision what is to be FP8."""
@@ -41,7 +44,7 @@ class Fp8:
 
 
 def build_fp8(config: ConfigDict, make, weights, rows, mesh: Mesh) -> Fp8 | None:
-    """make, weights, rows: see build.model.Model. None: the config does not ask for FP8."""
+    """make: function of a `transform` of the base model -> module; weights, rows: see build.model.Model. None: the config does not ask for FP8."""
     m = config.model
     if not m.fp8:
         return None
@@ -49,9 +52,10 @@ def build_fp8(config: ConfigDict, make, weights, rows, mesh: Mesh) -> Fp8 | None
     recipe = Recipe(m.fp8_scaling, E4M3 if m.fp8_e4m3 else E5M2, m.fp8_amax_history_len, m.fp8_amax_compute_algo, m.fp8_margin)
     kernels = find_kernels(weights, PROJECTIONS)
     quantised = tuple(path for path in kernels if path not in rows) if m.fp8_frozen_weights else ()
-    graphdef, scales = describe_fp8(lambda: apply_fp8(make(), recipe, kernels, quantised))
+    transform = functools.partial(apply_fp8, recipe=recipe, kernels=kernels, quantised=quantised)
+    graphdef, scales = describe_fp8(lambda: make(transform=transform))
     log.info(describe(recipe, kernels, quantised))
-    return Fp8(recipe, graphdef, kernels, quantised, scales)
+    return Fp8(recipe, graphdef, kernels, quantised, scales, transform)
 
 
 def describe(recipe: Recipe, kernels, quantised) -> str:

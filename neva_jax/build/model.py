@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from neva_jax.build import fp8 as build_fp8
 from neva_jax.build.architecture import fields_of
+from neva_jax.build.lora import Dropout, build_dropout, build_lora, check_rows, describe_lora, lora_rows, with_adapters
 from neva_jax.build.weights import weight_paths
 from neva_jax.config import leaves
 from neva_jax.convert.hf import TOWERS
@@ -32,8 +33,9 @@ from neva_jax.parallel.layer_runner import make_runner
 from neva_jax.parallel.mesh import batch_shards
 from neva_jax.parallel.pipeline import Pipeline, pipeline_layers
 from neva_jax.parallel.sharding import WHOLE, weight_sharding
-from neva_jax.training.flops import row_flops
+from neva_jax.training.flops import row_flops_by_kind
 from neva_jax.transforms.fp8 import Quantised
+from neva_jax.transforms.lora import Lora, is_adapter
 from neva_jax.transforms.select import Row, Weight, describe, flatten, trainable
 
 log = logging.getLogger(__name__)
@@ -148,7 +150,7 @@ def _compare_llm(config: ConfigDict) -> None:
 @dataclasses.dataclass
 class Model:
     """graphdef and weights ({path: Weight}) describe the model; make() builds it (traced only, without FP8); rows: what trains, {path: row}; shardings: {path:
-    where}, of FP8 scales too."""
+    where}, of FP8 scales too. lora: the adapters in it; dropout: of those, in training."""
 
     config: NevaConfig
     graphdef: nnx.GraphDef
@@ -159,6 +161,13 @@ class Model:
     frozen_dtype: object
     fp8: build_fp8.Fp8 | None = None
     pipeline: Pipeline = Pipeline()
+    lora: Lora | None = None
+    dropout: Dropout | None = None
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """Parts of which something trains; adapters are no part of theirs."""
+        return {path.split("/")[0] for path in self.rows if not is_adapter(path)}
 
     def loaded(self, path: str) -> jax.ShapeDtypeStruct:
         """Masters of what trains are fp32; frozen weights are read in the dtype that is computed with."""
@@ -198,7 +207,10 @@ def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Mode
     vision = neva_config.vision
     vision_attend, vision_kernel = attend(dtype=vision.dtype, head_dim=vision.hidden_size // vision.num_attention_heads)
     log.info(f"attention: {kernel} (language model), {vision_kernel} (vision tower)")
-    rows = trainable(describe(lambda: neva(neva_config, rngs=nnx.Rngs(0)))[1], trainable_rows(config))
+    lora = build_lora(config)
+    plain = describe(lambda: with_adapters(neva(neva_config, rngs=nnx.Rngs(0)), lora, 0))[1]
+    rows = trainable(plain, trainable_rows(config))
+    check_rows(lora, plain, rows)
     how = (m.activations_checkpoint_granularity, m.activations_checkpoint_method, m.activations_checkpoint_num_layers)
     runner = make_runner(*how, attention=KEEP_OUTPUTS[kernel], frozen=_frozen("llm", rows))
     vision_runner = make_runner(attention=KEEP_OUTPUTS[vision_kernel], frozen=_frozen("vision_encoder", rows))
@@ -206,8 +218,9 @@ def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Mode
     if pipeline.stages > 1:
         runner = functools.partial(pipeline_layers, pipeline=pipeline, inner=runner)
 
-    def make():
-        return neva(neva_config, rngs=nnx.Rngs(m.seed), llm_attend=llm_attend, vision_attend=vision_attend, runner=runner, vision_runner=vision_runner)
+    def make(lora=lora, transform=lambda model: model):
+        base = neva(neva_config, rngs=nnx.Rngs(m.seed), llm_attend=llm_attend, vision_attend=vision_attend, runner=runner, vision_runner=vision_runner)
+        return with_adapters(transform(base), lora, m.seed)
 
     graphdef, weights = describe(make)
     replicated_heads = {"kv_heads": None} if neva_config.llm.num_query_groups % mesh.shape["tensor"] else {}
@@ -216,7 +229,10 @@ def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Mode
     fp8 = build_fp8.build_fp8(config, make, weights, rows, mesh)
     if fp8:
         graphdef, shardings = fp8.graphdef, shardings | {path: weight_sharding(path, scale.shape, scale.axes, mesh) for path, scale in fp8.scales.items()}
-    return Model(neva_config, graphdef, weights, make, rows, shardings, jnp.dtype(neva_config.llm.dtype), fp8, pipeline)
+    if lora:
+        log.info(describe_lora(lora, weights))
+    dropout = build_dropout(config, lora, functools.partial(make, transform=fp8.transform if fp8 else lambda model: model))
+    return Model(neva_config, graphdef, weights, make, rows, shardings, jnp.dtype(neva_config.llm.dtype), fp8, pipeline, lora, dropout)
 
 
 def _frozen(part: str, rows: dict[str, Row]) -> bool:
@@ -234,10 +250,12 @@ def build_pipeline(config: ConfigDict, mesh: Mesh) -> Pipeline:
 
 
 def trainable_rows(config: ConfigDict) -> list[Row]:
-    """`model.trainable`, or what NeMo's freeze fields mean: the projector always trains."""
+    """`model.trainable`, or what NeMo's peft and freeze fields mean: the projector always trains."""
     m = config.model
     if m.trainable is not None:
         return [Row(*row) for row in m.trainable]
+    if m.peft.peft_scheme is not None:
+        return lora_rows(config)
     rows = [Row(r"^projector/")] if m.mm_cfg.mm_mlp_adapter_type != "identity" else []
     rows += [] if m.mm_cfg.llm.freeze else [Row(r"^llm/")]
     if not m.mm_cfg.vision_encoder.freeze:
@@ -262,11 +280,17 @@ def image_processor(config: ConfigDict) -> ImageProcessor:
     return ImageProcessor(crop_size=crop, shortest_edge=min(crop), **how)
 
 
+def flops_by_kind(model: Model, *, tokens: int, supervised: int, media: int) -> dict[str, float]:
+    """Model FLOPs of a row of that shape (training/flops.py)."""
+    adapters = sum(math.prod(weight.shape) for path, weight in model.weights.items() if is_adapter(path))
+    return row_flops_by_kind(model.config, tokens=tokens, supervised=supervised, media=media, trained=model.trained_parts, adapters=adapters)
+
+
 def batch_flops(model: Model, batch: dict) -> float:
     """Model FLOPs of this process' rows of a global batch."""
     micro_batches, rows, tokens = batch["tokens"].shape
     shape = {"tokens": tokens, "supervised": batch["supervised_positions"].shape[2], "media": batch["media"].shape[2]}
-    return micro_batches * rows * row_flops(model.config, **shape, trained={path.split("/")[0] for path in model.rows})
+    return micro_batches * rows * sum(flops_by_kind(model, **shape).values())
 
 
 def describe_parts(model: Model) -> str:

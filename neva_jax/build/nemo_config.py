@@ -58,6 +58,19 @@ def nemo_fields(config: dict, where: str) -> dict[str, object]:
     return fields
 
 
+def nemo_adapter_fields(section: dict, where: str) -> dict[str, object]:
+    """section: `peft` of the model_config.yaml of a file with adapters."""
+    tuning = section.get("lora_tuning") if isinstance(section.get("lora_tuning"), dict) else {}
+    scheme, rank, tied = section.get("peft_scheme"), tuning.get("adapter_dim"), tuning.get("weight_tying")
+    if scheme != "lora" or not isinstance(rank, int) or tied:
+        found = "lora_tuning.weight_tying True" if tied else f"peft_scheme {scheme!r} with lora_tuning.adapter_dim {rank!r}"
+        raise UserError(f"{where}: model_config.yaml: {found}; this version reads peft_scheme lora with a rank, and adapters of every layer's own")
+    layers, targets = tuning.get("layer_selection"), tuning.get("target_modules") or ("attention_qkv",)
+    found = {"adapter_dim": rank, "alpha": float(tuning.get("alpha") or rank), "variant": tuning.get("variant") or "nemo"}
+    found |= {"target_modules": tuple(targets), "layer_selection": None if layers is None else tuple(layers)}
+    return {"model.peft.peft_scheme": "lora"} | {f"model.peft.lora_tuning.{name}": value for name, value in found.items()}
+
+
 def _nemo_rope(config: dict, where: str) -> dict:
     """NeMo's converter writes scale_positional_embedding True for every Llama; only one of Llama 3.1's scaling has a factor beside it."""
     scaled, factor = config["scale_positional_embedding"], config["seq_len_interpolation_factor"]
@@ -77,9 +90,9 @@ def _warn_of_scaling(where: str) -> None:
 
 def _ours(config: dict, where: str) -> dict:
     ours = config.get(OURS) or {}
-    if not isinstance(ours, dict) or not ours.keys() <= NAMELESS | {VOCAB}:
+    if not isinstance(ours, dict) or not ours.keys() <= NAMELESS | {VOCAB, "base"}:
         raise UserError(f"{where}: model_config.yaml: its section {OURS} holds other fields than this program writes; remove it")
-    return ours
+    return {name: value for name, value in ours.items() if name != "base"}  # which an adapter was trained beside
 
 
 def _at(tree, keys: list[str]):

@@ -16,17 +16,20 @@ from ml_collections import ConfigDict
 
 from neva_jax.build.architecture import fields_of, guesses_of, template_of
 from neva_jax.build.data import build_tokenizer
-from neva_jax.build.model import neva_config
+from neva_jax.build.lora import build_lora, with_adapters
+from neva_jax.build.model import COMPUTE, neva_config
 from neva_jax.build.nemo_config import LLM_FROM, TOWER_FROM, VOCAB
 from neva_jax.build.weights import weight_paths
 from neva_jax.config import assign, check, from_json
+from neva_jax.convert.adapters import MergedKernels, check_fingerprint
 from neva_jax.convert.keymap import some
 from neva_jax.convert.nemo_file import NemoFile
 from neva_jax.convert.source import PARTS
 from neva_jax.errors import UserError
-from neva_jax.fields import FOLLOWERS, VISION
+from neva_jax.fields import ADAPTERS, FOLLOWERS, VISION
 from neva_jax.hub import format_of, load_weights, open_weights, origins, run_of
 from neva_jax.models.multimodal import NevaConfig, neva
+from neva_jax.transforms.lora import Lora, adapters_of, is_adapter
 from neva_jax.transforms.select import Weight, describe
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 @dataclasses.dataclass
 class Opened:
     """format: one of hub.FORMATS. parts: which of llm, vision_encoder, projector there are. origin: {path of a weight: its source}. template: None where no
-    file names one. tokenizer: None where there is none. named: {part: where the files say that it lies}. scratch: kept as long as the model."""
+    file names one. tokenizer: None where there is none. named: {part: where the files say that it lies}. scratch: kept as long as the model. lora: its
+    adapters, whose weights are among the others."""
 
     path: Path
     format: str
@@ -51,6 +55,7 @@ class Opened:
     origin: dict[str, object]
     named: dict[str, str]
     scratch: object
+    lora: Lora | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -63,6 +68,8 @@ class Opened:
             if part not in self.parts and not (part == "projector" and self.neva.projector == "identity"):
                 where = f"; its files say that it lies in {self.named[part]!r}, which is not here" if part in self.named else ""
                 raise UserError(f"{self.path}: no weights of {part} in it{where}; give --base PATH, a model that has it (it may be repeated)")
+        if lacking := [path for path in self.adapters if path not in self.origin and path.split("/")[0] in parts]:
+            raise UserError(f"{self.path}: holds LoRA adapters without what they stand beside ({some(lacking, 2)}); give --base PATH, the model they belong to")
         chosen = {path: weight.shape for path, weight in self.weights.items() if path.split("/")[0] in parts}
         if missing := [path for path in chosen if path not in self.origin]:
             raise UserError(f"{self.path}: {len(missing)} weights are missing ({some(missing)}); it is not of the model that its config describes")
@@ -74,6 +81,34 @@ class Opened:
                 rows = f"{theirs[0].name} has the shape {list(theirs[0].shape)}, and the model {self.neva.llm.vocab_size} tokens"
                 raise UserError(f"{self.path}: {rows}; its config or its tokenizer is another model's")
         return arrays
+
+    @property
+    def adapters(self) -> dict[str, tuple[str, str]]:
+        """{path of a kernel: (path of its A, path of its B)}"""
+        return adapters_of(self.weights, self.lora)
+
+    def check_base(self) -> None:
+        """UserError where the adapters are there and remember another base than the one that is here."""
+        here = {kernel: pair for kernel, pair in self.adapters.items() if kernel in self.origin and pair[0] in self.origin}
+        kernels = {kernel: self.origin[kernel].lazy(kernel, self.weights[kernel].shape) for kernel in here}
+        for source in {id(source): source for source in (self.origin[pair[0]] for pair in here.values())}.values():
+            check_fingerprint(getattr(source, "recorded_base", None), kernels, str(self.path), "the base that is given")
+
+    def merged(self, rounded: str | None = None) -> "Opened":
+        """The same model without adapters: their products are in its kernels, read when they are asked for. rounded: see MergedKernels."""
+        if self.lora is None:
+            return self
+        weights = {path: weight for path, weight in self.weights.items() if not is_adapter(path)}
+        shapes, config = {path: weight.shape for path, weight in self.weights.items()}, self.config.copy_and_resolve_references()
+        config.unlock()
+        config.model.peft = from_json({}).model.peft
+        origin = {path: source for path, source in self.origin.items() if path in weights and path not in self.adapters}
+        kernels = MergedKernels(self.origin, self.adapters, self.lora.scale, shapes, rounded)
+        lacking = [path for kernel, pair in self.adapters.items() for path in (kernel, *pair) if path not in self.origin]
+        if lacking:
+            self.arrays(("llm",))  # says what is missing
+        origin = dict.fromkeys(self.adapters, kernels) | origin  # first, since other sources have kernels of these names too
+        return dataclasses.replace(self, config=config, weights=weights, origin=origin, lora=None)
 
     def load(self, targets: dict) -> dict:
         """{path: jax.Array}, each born where its target (a ShapeDtypeStruct with a sharding) says."""
@@ -87,10 +122,15 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     named = {part: fields.pop(name) for part, name in (("llm", LLM_FROM), ("vision_encoder", TOWER_FROM)) if fields.get(name)}
     bases = [*map(str, bases), *(place for place in named.values() if Path(place).exists() and Path(place) != path)]
     fields = _with_bases(path, kind, fields, bases)
+    if kind == "peft" and "model.num_layers" not in fields:
+        where = f"; it names {named['llm']!r}, which is not here" if "llm" in named else ""
+        raise UserError(f"{path}: an adapter does not say what model it is for{where}; give --base PATH, the model it was trained beside")
     config = from_json({})
     for name in sorted(fields, key=lambda name: (name in FOLLOWERS, name)):
         if not name.startswith(f"{TOKENIZER}."):
             assign(config, name, fields[name])
+    if config.model.peft.peft_scheme is not None:  # whatever a base's own training froze
+        config.model.mm_cfg.llm.freeze = config.model.mm_cfg.vision_encoder.freeze = True
     config.restore_from_path = str(path)
     _attach(config, bases)
     for place in (path, *bases):
@@ -104,16 +144,18 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
         config.model.override_vocab_size = 1  # nothing says it, which matters where there is a language model: see below
     if opened_tokenizer is not None and config.model.override_vocab_size == opened_tokenizer.vocab_size:
         config.model.override_vocab_size = None
-    shape = neva_config(config, opened_tokenizer.vocab_size if opened_tokenizer else 1)
-    weights = describe(lambda: neva(shape, rngs=nnx.Rngs(0)))[1]
+    shape, lora = neva_config(config, opened_tokenizer.vocab_size if opened_tokenizer else 1), build_lora(config)
+    weights = describe(lambda: with_adapters(neva(shape, rngs=nnx.Rngs(0)), lora, 0))[1]
     _ = shape.vision.num_computed_layers  # a layer that the tower does not have is an error now, not when something is written
-    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, shape, name, parts, bases)]
+    sources = [source for name, place, parts in weight_paths(config) for source in _open(place, shape, name, parts, bases, lora)]
     origin = origins(weights, sources)
     if any(name.startswith("llm/") for name in origin) and fields.get(VOCAB) is None and opened_tokenizer is None:
         raise UserError(f"{path}: the size of its vocabulary is nowhere said, since no tokenizer is in it; give --tokenizer PATH")
     says = "model.data.conv_template" in fields or template
     known = config.model.data.conv_template if says else None
-    return Opened(path, kind, config, shape, opened_tokenizer, known, weights, origin, named, scratch)
+    found = Opened(path, kind, config, shape, opened_tokenizer, known, weights, origin, named, scratch, lora)
+    found.check_base()
+    return found
 
 
 def _with_bases(path: Path, kind: str, fields: dict, bases: list[str]) -> dict:
@@ -121,19 +163,25 @@ def _with_bases(path: Path, kind: str, fields: dict, bases: list[str]) -> dict:
     found = guesses_of(path)
     for base in reversed(bases):
         theirs = fields_of(base, "--base")
-        found |= theirs if kind == "tensors" else {name: value for name, value in theirs.items() if name.startswith(f"{VISION}.") and _holds(base, TOWER_FROM)}
+        theirs = {name: value for name, value in theirs.items() if name not in ADAPTERS}
+        if kind not in ("tensors", "peft"):
+            theirs = {name: value for name, value in theirs.items() if name.startswith(f"{VISION}.") and _holds(base, TOWER_FROM)}
+        found |= theirs
     return found | fields
 
 
-def _open(place: str, config: NevaConfig, name: str, parts: tuple[str, ...], bases: list[str]) -> list:
-    return open_weights(place, config, "--input" if name == "restore_from_path" else "--base", parts, bases)
+def _open(place: str, config: NevaConfig, name: str, parts: tuple[str, ...], bases: list[str], lora: Lora | None) -> list:
+    return open_weights(place, config, "--input" if name == "restore_from_path" else "--base", parts, bases, lora)
 
 
 def _attach(config: ConfigDict, bases) -> None:
-    """The first base with a language model, and the first with a tower."""
+    """The first base with a language model, the first with a tower and, beside adapters, the first with a projector."""
     for field, sign in ((LLM_FROM, "model.num_layers"), (TOWER_FROM, f"{VISION}.hidden_size")):
         found = next((base for base in bases if sign in fields_of(base, "--base") and _holds(base, field)), None)
         assign(config, field, None if found is None else str(found))
+    if config.model.peft.peft_scheme is not None:  # adapters may come without a projector
+        found = next((base for base in bases if "model.mm_cfg.mm_mlp_adapter_type" in fields_of(base, "--base")), None)
+        assign(config, "model.mm_cfg.pretrain_mm_mlp_adapter", None if found is None else str(found))
 
 
 def _holds(base, field: str) -> bool:
@@ -194,3 +242,11 @@ def opened(path, **options):
     model = open_model(path, **options)
     with model.scratch:
         yield model
+
+
+def trained_in_float8(model: Opened) -> str | None:
+    """Of a run whose frozen weights stood in float8: the dtype of the computation, from which they were rounded."""
+    if model.format != "orbax":
+        return None
+    saved = from_json(json.loads((run_of(model.path) / "config.json").read_text()))
+    return COMPUTE[str(saved.trainer.precision)] if saved.model.fp8 and saved.model.fp8_frozen_weights else None

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from neva_jax.build.estimated import Estimated
+from neva_jax.build.model import flops_by_kind
 from neva_jax.build.planned import Compiled, Step, local_bytes
 from neva_jax.config import assign, check, from_json, to_json
 from neva_jax.errors import UserError
 from neva_jax.mesh_sizes import divisors
 from neva_jax.parallel.devices import PLANNED, Device
 from neva_jax.parallel.mesh import batch_shards
-from neva_jax.training.flops import row_flops_by_kind
 from neva_jax.training.optimizer import ADAMW, SHARDED_OVER_DATA
 from neva_jax.training.step_time import NODE, Work, between_gemms, step_time
 
@@ -60,7 +60,7 @@ def sample_flops(step: Step) -> dict[str, float]:
     """Model FLOPs of one row of the planned shape, by kind."""
     bucket = step.bucket
     shape = {"tokens": bucket.tokens, "supervised": bucket.supervised, "media": bucket.media}
-    return row_flops_by_kind(step.model.config, **shape, trained=step.trained_parts)
+    return flops_by_kind(step.model, **shape)
 
 
 def work_of(step: Step, flops: dict[str, float], gemms: dict[str, float], collectives: list[dict]) -> Work:
@@ -68,7 +68,7 @@ def work_of(step: Step, flops: dict[str, float], gemms: dict[str, float], collec
     llm, shape = step.model.config.llm, step.mesh.shape
     share = step.config.model.global_batch_size / step.mesh.size
     other = "fp32" if llm.dtype == "float32" else "bf16"
-    outside = share * (flops["head"] + flops["encoder"])
+    outside = share * (flops["head"] + flops["encoder"] + flops["adapters"])
     counted = sum(gemms.values()) or step.needed_gemms
     layers = {kind: share * flops["layers"] * count for kind, count in gemms.items()}
     hardware = {kind: amount / step.needed_gemms for kind, amount in layers.items()}
@@ -141,7 +141,7 @@ def families(config: ConfigDict, device: Device, num_devices: int) -> list[list[
     found.append([{"model.micro_batch_size": size} for size in reversed(divisors(micro)) if size < micro])
     found.append([{"model.tensor_model_parallel_size": size} for size in divisors(num_devices // stages) if size > tensor])
     if not m.mm_cfg.llm.freeze and m.peft.peft_scheme is None:
-        found.append([{"model.peft.peft_scheme": "lora"}])
+        found.append([{"model.peft.peft_scheme": "lora", "model.mm_cfg.llm.freeze": True}])
     return [family for family in found if family]
 
 

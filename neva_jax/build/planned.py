@@ -24,6 +24,7 @@ from neva_jax.parallel.deviceless import COMPILER_OPTIONS
 from neva_jax.parallel.mesh import batch_shards
 from neva_jax.parallel.sharding import also_over_data, batch_sharding, replicated
 from neva_jax.training.optimizer import SHARDED_OVER_DATA
+from neva_jax.transforms.lora import SCOPE as ADAPTER_SCOPE
 
 SCOPE = "llm_layers"  # models/llama.py
 # This pass writes out the zeros that accumulated gradients start from, in the memory of the machine that compiles: 27 GB for 7B unsharded. What it moves out of
@@ -65,14 +66,10 @@ class Step:
         return {"frozen": local_bytes(self.frozen), "trainable": trainable, "optimizer": local_bytes(self.state) - trainable, "gradients": gradients}
 
     @property
-    def trained_parts(self) -> set[str]:
-        return {path.split("/")[0] for path in self.model.rows}
-
-    @property
     def needed_gemms(self) -> int:
         """GEMMs of a layer that the mathematics asks for: each projection forward, for its activation's gradient, and for its weight's if that trains."""
         projections = 7 if ACTIVATIONS[self.model.config.llm.activation][1] else 6
-        return projections * (2 + ("llm" in self.trained_parts))
+        return projections * (2 + ("llm" in self.model.trained_parts))
 
 
 def describe_step(config: ConfigDict, devices: list, vocab_size: int, bucket: Bucket) -> Step:
@@ -134,10 +131,18 @@ class Compiled:
 
     @property
     def gemms_per_layer(self) -> dict[str, float]:
-        """GEMMs that a layer runs for a micro-batch, by precision; what is computed again counts again."""
+        """GEMMs that a layer runs for a micro-batch, by precision, without those of adapters; what is computed again counts again."""
+        return self._gemms(of_adapters=False)
+
+    @property
+    def adapter_gemms_per_layer(self) -> float:
+        """The small ones: to and from the rank."""
+        return sum(self._gemms(of_adapters=True).values())
+
+    def _gemms(self, of_adapters: bool) -> dict[str, float]:
         model, counts = self.step.config.model, Counter()
         for gemm in hlo.gemms(self.module):
-            if gemm.computation in self.layers and not gemm.batched:
+            if gemm.computation in self.layers and not gemm.batched and (f"{ADAPTER_SCOPE}/" in gemm.op_name) is of_adapters:
                 counts[gemm.precision] += gemm.count
         stages = self.step.mesh.shape["pipeline"]
         runs = model.num_layers / stages * self.step.micro_batches * (1 + self.step.bubble)

@@ -29,16 +29,23 @@ def probe(config: NevaConfig, *, text_only: bool) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def compare(before: Opened, output: Path, parts: tuple[str, ...]) -> dict:
-    """-> max_logit_difference, tokens_equal (whether the likeliest next token is the same at every position) and seconds_comparing. Nulls where no text
-    comes out."""
+def compare(before: Opened, output: Path, parts: tuple[str, ...], bases=()) -> dict:
+    """bases: of an output that is not whole. -> max_logit_difference, tokens_equal (whether the likeliest next token is the same at every position) and
+    seconds_comparing. Nulls where no text comes out."""
     start = time.perf_counter()
     if "llm" not in parts:
         return {"max_logit_difference": None, "tokens_equal": None}
     text_only = "vision_encoder" not in parts
     batch = probe(before.neva, text_only=text_only)
-    with opened(output, field="--output") as after, jax.default_matmul_precision("highest"):
-        ours, theirs = (logits(model.neva, model.arrays(parts), batch, text_only=text_only) for model in (before, after))
+    with opened(output, field="--output", bases=bases) as after, jax.default_matmul_precision("highest"):
+        ours, theirs = (logits(model.neva, model.merged().arrays(parts), batch, text_only=text_only) for model in (before, after))
     known = theirs[..., : ours.shape[-1]]  # rows for new tokens come behind
     same = bool((ours.argmax(-1) == theirs.argmax(-1)).all())
     return {"max_logit_difference": float(np.max(np.abs(ours - known))), "tokens_equal": same, "seconds_comparing": round(time.perf_counter() - start, 2)}
+
+
+def compare_adapters(before: Opened, output: Path, bases: list) -> dict:
+    """The same of adapters, put on the model they came from. bases: where it lies. Nulls where it is not here."""
+    if not all(path in before.origin for path in before.adapters) or not {"projector", "vision_encoder"} <= {*before.parts} | {before.neva.projector}:
+        return {"max_logit_difference": None, "tokens_equal": None}
+    return compare(before.merged(), output, before.parts, bases)

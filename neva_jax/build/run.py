@@ -141,14 +141,16 @@ def abstract_state(config: ConfigDict, model: Model, optimizer, mesh: Mesh) -> d
 def first_state(model: Model, optimizer):
     """-> function of the trainable weights: the state of training/step.py before the first step."""
     fp8 = {"recipe": model.fp8.recipe, "scales": model.fp8.scales} if model.fp8 else {}
-    return functools.partial(init_state, optimizer=optimizer, **fp8)
+    return functools.partial(init_state, optimizer=optimizer, drops=model.dropout is not None, **fp8)
 
 
 def build_step(config: ConfigDict, model: Model, optimizer, mesh: Mesh):
     """The step of training/step.py, jitted, its state donated: the very same in training, in the planner and in the tests of compiled graphs."""
     step = make_train_step(
-        model.graphdef, optimizer, clip=config.trainer.gradient_clip_val, num_shards=batch_shards(mesh), reduction=config.model.loss_reduction,
+        model.dropout.graphdef if model.dropout else model.graphdef, optimizer, clip=config.trainer.gradient_clip_val, num_shards=batch_shards(mesh),
+        reduction=config.model.loss_reduction,
         accumulate_dtype=ACCUMULATE[config.model.optim.grad_accum_dtype], recipe=model.fp8.recipe if model.fp8 else None, pipeline=model.pipeline,
+        drop=model.dropout.draw if model.dropout else None,
     )  # fmt: skip
     state = model.pipeline.live(abstract_state(config, model, optimizer, mesh))
     where = jax.tree.map(lambda leaf: leaf.sharding, state), None  # of the new state; left to XLA it would move, and donation with it

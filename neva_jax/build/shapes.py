@@ -8,13 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from neva_jax.build.data import build_blend, build_examples, build_tokenizer, sampling_shares
-from neva_jax.build.model import neva_config
+from neva_jax.build.model import flops_by_kind, neva_config
 from neva_jax.build.planned import Step
 from neva_jax.config import assign, leaves
 from neva_jax.data.lengths import index_path, read_lengths
 from neva_jax.data.plan import SUPERVISED_GRAIN, Bucket, make_buckets, padding_share, plan
 from neva_jax.errors import UserError
-from neva_jax.training.flops import row_flops
 
 VOCABULARIES = {"sentencepiece": 32008, "huggingface": 128264}  # Llama 2's and Llama 3's with NeVA's eight tokens, where no tokenizer is here to ask
 WEIGHTS = ("restore_from_path", "model.restore_from_path", "model.mm_cfg.pretrain_mm_mlp_adapter") + tuple(
@@ -38,7 +37,7 @@ class Facts:
         """FLOPs of the data's mean row / FLOPs of a row of the largest shape."""
         if not self.batches:
             return 1.0
-        flops = lambda b: row_flops(step.model.config, tokens=b.tokens, supervised=b.supervised, media=b.media, trained=step.trained_parts)  # noqa: E731
+        flops = lambda b: sum(flops_by_kind(step.model, tokens=b.tokens, supervised=b.supervised, media=b.media).values())  # noqa: E731
         return sum(count * flops(bucket) for bucket, count in self.batches.items()) / (sum(self.batches.values()) * flops(self.bucket))
 
 

@@ -5,8 +5,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from neva_jax.build.architecture import fields_of
+from neva_jax.build.lora import check_same
+from neva_jax.convert.adapters import check_fingerprint, fingerprint
 from neva_jax.errors import UserError
-from neva_jax.hub import load_weights, open_weights, origins
+from neva_jax.hub import is_run, load_weights, open_base, open_weights, origins, run_of
+from neva_jax.transforms.lora import adapters_of, is_adapter
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +27,13 @@ def weight_paths(config: ConfigDict) -> list[tuple[str, str, tuple[str, ...]]]:
     ]
     given = [(field, path, parts) for field, path, parts in fields if path]
     for field, path, _ in given:
-        if not Path(path).exists():
-            raise UserError(f"{field}: there is no {path}; expected a local path (nothing is downloaded)")
+        _expect(field, path)
     return given
+
+
+def _expect(field: str, path: str) -> None:
+    if not Path(path).exists():
+        raise UserError(f"{field}: there is no {path}; expected a local path (nothing is downloaded)")
 
 
 def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
@@ -33,8 +41,10 @@ def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
 
     Of frozen weights that FP8 stores quantised, only those of a published source already are: the run has the others to copy first.
     """
-    sources = [s for field, path, parts in weight_paths(config) for s in open_weights(path, model.config, field, parts)]
+    adapters = open_adapters(config, model)
+    sources = adapters + [s for field, path, parts in weight_paths(config) for s in open_weights(path, model.config, field, parts, lora=model.lora)]
     targets = {path: model.loaded(path) for path in model.weights}
+    _check_adapters(config, model, adapters, sources)
     published = {path for path, source in origins(targets, sources).items() if source.published is not None}
     arrays, origin = load_weights(targets, sources, {path: store for path, store in model.stores.items() if path in published})
     missing = [path for path in model.weights if path not in arrays]
@@ -45,7 +55,49 @@ def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
         advice = "a frozen part that starts random learns nothing: give its weights, or set model.mm_cfg.allow_random_frozen=True"
         raise UserError(f"frozen without weights: {named}; {advice}")
     for part in sorted({path.split("/")[0] for path in missing}):
-        log.info(f"{part}: {sum(path.startswith(part + '/') for path in missing)} weights start random")
+        new = [is_adapter(path) for path in missing if path.startswith(f"{part}/")]
+        words = [f"{count} {what}" for count, what in ((len(new) - sum(new), "weights"), (sum(new), "weights of adapters")) if count]
+        log.info(f"{part}: {' and '.join(words)} start random")
     arrays |= model.random(missing)
     params = {path: arrays[path] for path in model.rows}
     return params, {path: array for path, array in arrays.items() if path not in params}, origin
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def open_adapters(config: ConfigDict, model) -> list:
+    """The sources of `model.peft.restore_from_path`: a run of ours, a directory of Hugging Face's peft, a .nemo of adapters."""
+    field, path = "model.peft.restore_from_path", config.model.peft.restore_from_path
+    if model.lora is None or path is None:
+        return []
+    _expect(field, path)
+    check_same(config, fields_of(path, field), model.lora, model.weights, f"{field}: {path}")
+    parts = ("llm", "projector")
+    found = open_weights(path, model.config, field, parts, lora=model.lora)[:1]  # of a run its checkpoint, not what it stands on
+    for source in found:
+        source.shapes = {path: shape for path, shape in source.shapes.items() if is_adapter(path) or path.startswith("projector/")}
+    return found
+
+
+def _check_adapters(config: ConfigDict, model, adapters: list, sources: list) -> None:
+    """Nothing of a source's adapters is dropped, and those that were trained beside another base are refused."""
+    lost = [(source, path) for source in sources for path in source.shapes if is_adapter(path) and path not in model.weights]
+    if lost:
+        source, path = lost[0]
+        place = getattr(source, "path", getattr(source, "directory", ""))
+        raise UserError(
+            f"{place}: holds {len(lost)} weights of LoRA adapters that this config does not ask for ({path}, ...); merge them into their base first (python "
+            "convert_torch.py --input RUN --output DIR --to orbax --merge_lora), or set model.peft as it was where they were trained"
+        )
+    pairs = adapters_of(model.weights, model.lora)
+    if not adapters or not pairs:
+        return
+    origin, field, path = origins(pairs, sources), "model.peft.restore_from_path", config.model.peft.restore_from_path
+    kernels = {kernel: origin[kernel].lazy(kernel, model.weights[kernel].shape) for kernel in pairs if kernel in origin}
+    recorded = getattr(adapters[0], "recorded_base", None)
+    if is_run(run_of(Path(path))):
+        base = open_base(run_of(Path(path)), model.config)
+        theirs = origins(kernels, base)
+        recorded = fingerprint({kernel: source.lazy(kernel, model.weights[kernel].shape) for kernel, source in theirs.items()})
+    check_fingerprint(recorded, kernels, f"{field}: {path}", "the base of this run")

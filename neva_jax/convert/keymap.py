@@ -95,15 +95,19 @@ class Rule:
 class KeyMap:
     """Rules for a model of `num_layers`. `tensors` are lazy: theirs is `{name: object with .shape and .read()}`."""
 
-    def __init__(self, rules: list[Rule], num_layers: dict[str, int]):
-        """num_layers: depth of the stack for each prefix of ours, e.g. {"llm": 32, "vision_encoder": 24}."""
+    def __init__(self, rules: list[Rule], num_layers: dict[str, int | tuple[int, ...]]):
+        """num_layers: depth of the stack for each prefix of ours, e.g. {"llm": 32, "vision_encoder": 24}, or the layers that theirs have, counted from 0:
+        the others of ours are zeros."""
         self.rules = {path: rule for rule in rules for path in rule.paths}
         self.num_layers = num_layers
 
+    def layers(self, ours: str) -> tuple[int, ...]:
+        """The layers of ours that theirs have a tensor for; one where there are no layers."""
+        found = self.num_layers[ours.split("/")[0]] if self.rules[ours].is_stacked else 1
+        return tuple(range(found)) if isinstance(found, int) else found
+
     def their_names(self, ours: str) -> list[str]:
-        rule = self.rules[ours]
-        depth = self.num_layers[ours.split("/")[0]] if rule.is_stacked else 1
-        return [rule.theirs.replace("{i}", str(i)) for i in range(depth)]
+        return [self.rules[ours].theirs.replace("{i}", str(i)) for i in self.layers(ours)]
 
     def check(self, theirs: dict, ours: Collection[str] | dict[str, tuple[int, ...]], where: str) -> None:
         """Every tensor of theirs used, every path of ours filled and, where `ours` says the shapes, all of them right; else one error that lists it all."""
@@ -149,7 +153,7 @@ class KeyMap:
         """(name, tensor of theirs), one at a time. ours: {path: array or LazyArray}, read a layer at a time."""
         for rule in self._rules(ours):
             arrays = [ours[path] for path in rule.paths]
-            for layer, name in enumerate(self.their_names(rule.paths[0])):
+            for layer, name in zip(self.layers(rule.paths[0]), self.their_names(rule.paths[0]), strict=True):
                 chosen = [np.asarray(array[layer]) if rule.is_stacked else np.asarray(array) for array in arrays]
                 yield name, np.ascontiguousarray(rule.op.inverse(*chosen))
 
@@ -171,17 +175,20 @@ class LazyArray:
 
     def __init__(self, keys: KeyMap, theirs: dict, path: str, shape: tuple[int, ...], where: str):
         self.rule, self.path, self.shape, self.where = keys.rules[path], path, shape, where
-        self.tensors = [theirs[name] for name in keys.their_names(path)]
-        self.names = keys.their_names(path)
+        self.names, self.layers = keys.their_names(path), keys.layers(path)
+        self.tensors = [theirs[name] for name in self.names]
 
     @property
     def dtype(self) -> np.dtype:
         """Their dtype; where a file does not say it, one layer is read for it."""
         known = getattr(self.tensors[0], "dtype", None)
-        return known if isinstance(known, np.dtype) else self._layer(0).dtype
+        return known if isinstance(known, np.dtype) else self._layer(self.layers[0]).dtype
 
     def _layer(self, layer: int) -> np.ndarray:
-        name, tensor, wanted = self.names[layer], self.tensors[layer], self.shape[self.rule.is_stacked :]
+        wanted = self.shape[self.rule.is_stacked :]
+        if layer not in self.layers:
+            return np.zeros(wanted, self.dtype)
+        name, tensor = self.names[self.layers.index(layer)], self.tensors[self.layers.index(layer)]
         try:
             part = self.rule.split(tensor.read())[self.rule.paths.index(self.path)]
         except MISFIT:
@@ -196,7 +203,7 @@ class LazyArray:
             return self._layer(0)[index]
         if not isinstance(index, tuple):
             return self._layer(index)
-        return np.stack([self._layer(layer)[index[1:]] for layer in range(*index[0].indices(len(self.names)))])
+        return np.stack([self._layer(layer)[index[1:]] for layer in range(*index[0].indices(self.shape[0]))])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         array = self[(slice(None),) * len(self.shape)]

@@ -11,6 +11,7 @@ from neva_jax.convert.keymap import FUSED_GLU, TRANSPOSE, KeyMap, Op, Rule, chai
 from neva_jax.layers.mlp import ACTIVATIONS
 from neva_jax.models.llama import LlamaConfig
 from neva_jax.models.projector import linear_names
+from neva_jax.transforms.lora import Lora, adapters_of
 
 EMBEDDING = "embedding.word_embeddings"
 ADAPTER = f"{EMBEDDING}.adapter_layer.mm_projector_adapter.mm_projector"
@@ -25,6 +26,8 @@ LEGACY = (
     ("decoder.layers.{i}.self_attention.linear_proj.", "language_model.encoder.layers.{i}.self_attention.dense."),
     ("decoder.layers.{i}.mlp.linear_fc1.", "language_model.encoder.layers.{i}.mlp.dense_h_to_4h."),
     ("decoder.layers.{i}.mlp.linear_fc2.", "language_model.encoder.layers.{i}.mlp.dense_4h_to_h."),
+    ("decoder.layers.{i}.self_attention.adapter_layer.", "language_model.encoder.layers.{i}.self_attention.adapter_layer."),
+    ("decoder.layers.{i}.mlp.adapter_layer.", "language_model.encoder.layers.{i}.mlp.adapter_layer."),
     ("decoder.final_layernorm.", "language_model.encoder.final_layernorm."),
     ("output_layer.", "language_model.output_layer."),
     ("embedding.word_embeddings.", "language_model.embedding.word_embeddings."),
@@ -124,6 +127,42 @@ def key_map(model_config) -> KeyMap:
     return KeyMap(rules, {part: config.num_layers for part, config in (("llm", llm), ("vision_encoder", vision)) if config})
 
 
+LORA = re.compile(r"\.adapter_layer\.lora_\w+_adapter\.")  # in the name of an adapter's weight
+
+
+def lora_rules(config: LlamaConfig, lora: Lora, kernels) -> list[Rule]:
+    """kernels: paths of a model's kernels. Projections that share an A are NeMo's fused adapters, whose B has the layout of the fused weight; those that have
+    one each are its canonical adapters, of which it knows q, k and v, and gate and up, only together."""
+    qkv = fused_qkv(config.num_query_groups, config.num_attention_heads // config.num_query_groups, config.head_dim)
+    attention, mlp = "self_attention.adapter_layer.lora", "mlp.adapter_layer.lora"
+    adapters = {  # projections with one A: (name of the adapter, layout of their B)
+        ("q_proj", "k_proj", "v_proj"): (f"{attention}_kqv_adapter", qkv), ("o_proj",): (f"{attention}_dense_attention_adapter", TRANSPOSE),
+        ("gate_proj", "up_proj"): (f"{mlp}_hto4h_adapter", FUSED_GLU), ("down_proj",): (f"{mlp}_4htoh_adapter", TRANSPOSE),
+    }  # fmt: skip
+    adapters |= {(f"{name}_proj",): (f"{attention}_unfused_kqv_adapter.{name}_adapter", TRANSPOSE) for name in ("q", "k", "v")}
+    adapters |= {(f"{name}_proj",): (f"{mlp}_unfused_hto4h_adapter.{name}_adapter", TRANSPOSE) for name in ("gate", "up")}
+    if not ACTIVATIONS[config.activation][1]:
+        adapters[("up_proj",)] = f"{mlp}_hto4h_adapter", TRANSPOSE
+    sharing: dict[str, dict[str, str]] = {}  # {path of an A: {projection: path of its B}}
+    for kernel, (lora_A, lora_B) in adapters_of(kernels, lora).items():
+        sharing.setdefault(lora_A, {})[kernel.split("/")[-2]] = lora_B
+    rules = []
+    for lora_A, members in sharing.items():
+        projections = next(names for names in adapters if set(names) == members.keys())
+        name, op = adapters[projections]
+        theirs, ours = f"decoder.layers.{{i}}.{name}", tuple(members[projection] for projection in projections)
+        rules += [Rule(f"{theirs}.linear_in.weight", lora_A, TRANSPOSE), Rule(f"{theirs}.linear_out.weight", ours if len(ours) > 1 else ours[0], op)]
+    return rules
+
+
+def adapter_map(model_config, lora: Lora, with_projector: bool) -> KeyMap:
+    """Of a file that holds adapters, and the projector that was trained beside them, alone."""
+    llm = model_config.llm
+    kernels = [path for rule in llama_rules(llm) for path in rule.paths if path.endswith("/kernel")]
+    rules = lora_rules(llm, lora, kernels) + (projector_rules(model_config.projector) if with_projector else [])
+    return KeyMap(rules, {"llm": llm.num_layers if lora.layers is None else lora.layers})
+
+
 def part_of(name: str) -> str | None:
     """The part of a model that a canonical name belongs to."""
     if name.startswith(ADAPTER):
@@ -143,6 +182,8 @@ SPLITS = (  # (pattern at the end of a canonical name, dimension that tensor ran
     (r"\.linear_fc1\.(weight|bias)", 0),
     (r"\.linear_proj\.weight", 1),
     (r"\.linear_fc2\.weight", 1),
+    (r"\.lora_(dense_attention|4htoh)_adapter\.linear_in\.weight", 1),
+    (r"\.lora_\w+_adapter\.(\w+_adapter\.)?linear_(in|out)\.weight", 0),
 )
 VOCABULARY = (f"{EMBEDDING}.weight", "output_layer.weight")
 LAYER = re.compile(r"(decoder\.layers\.)(\d+)(?=\.)")
@@ -159,7 +200,7 @@ def is_gated(config: dict) -> bool:
 
 def is_glu(name: str, gated: bool) -> bool:
     """A rank holds its share of the gate, then its share of up."""
-    return gated and bool(re.search(r"^decoder\..*\.linear_fc1\.(weight|bias)$", name))
+    return gated and bool(re.search(r"^decoder\..*\.(linear_fc1\.(weight|bias)|lora_hto4h_adapter\.linear_out\.weight)$", name))
 
 
 def shift_layer(name: str, by: int) -> str:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import jax
 
-from neva_jax.convert import hf, nemo
+from neva_jax.convert import hf, nemo, peft
 from neva_jax.convert.hf_write import TABLES
-from neva_jax.convert.keymap import KeyMap, LazyArray
+from neva_jax.convert.keymap import KeyMap, LazyArray, some
 from neva_jax.convert.nemo_file import NemoFile
 from neva_jax.convert.weights import full_digest, headers_digest
 from neva_jax.errors import UserError
 from neva_jax.models.multimodal import NevaConfig
 from neva_jax.parallel.sharding import place
+from neva_jax.transforms.lora import Lora
 
 PARTS = ("llm", "vision_encoder", "projector")
 
@@ -24,7 +25,10 @@ class Source:
     """Tensors of another program, read through a key map. parts: what to take, e.g. ("llm",).
 
     Names that belong to no part are kept, for `check` to complain of: weights that nobody recognises are not dropped in silence.
+    recorded_base: of adapters, what they remember of their base (convert/adapters.py).
     """
+
+    recorded_base: dict | None = None
 
     def __init__(self, path: Path, tensors: dict, keys: KeyMap, parts: tuple[str, ...], part_of):
         """part_of: canonical name -> part, or None."""
@@ -54,8 +58,9 @@ class Source:
         return {path: place(self.lazy(path, target.shape), target) for path, target in targets.items()}
 
 
-def huggingface(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> Source:
-    """A Hugging Face directory, or a file of weights under its names, such as LLaVA's mm_projector.bin."""
+def huggingface(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, lora: Lora | None = None) -> Source:
+    """A Hugging Face directory, or a file of weights under its names, such as LLaVA's mm_projector.bin. lora: of the model; no adapters
+    are in such a file."""
     tensors = hf.open_tensors(path)
     _check_tables(path, tensors)
     if config.llm and config.llm.tied:
@@ -77,9 +82,49 @@ def _check_tables(path: Path, tensors: dict) -> None:
             raise UserError(f"{path}: {tensors[name].name} has the shape {list(tensors[name].shape)}, its config.json says vocab_size {rows}; copy both again")
 
 
-def nemo_file(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS) -> Source:
-    """A .nemo file or its unpacked directory. What lies in a tar is copied to a scratch directory, which goes when the source does."""
+def nemo_file(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, lora: Lora | None = None) -> Source:
+    """A .nemo file or its unpacked directory: of a model, or of the adapters and the projector of one with `lora`. What lies in a tar is copied to a scratch
+    directory, which goes when the source does."""
     scratch = tempfile.TemporaryDirectory(prefix="neva_jax_nemo_")
-    source = Source(path, NemoFile(path).tensors(Path(scratch.name)), nemo.key_map(config), parts, nemo.part_of)
+    file = NemoFile(path)
+    tensors = file.tensors(Path(scratch.name))
+    if adapters := [name for name in tensors if nemo.LORA.search(name)]:
+        _expect_adapters(path, lora, adapters)
+        keys = nemo.adapter_map(config, lora, with_projector=any(nemo.part_of(name) == "projector" for name in tensors))
+    else:
+        keys = nemo.key_map(config)
+    source = Source(path, tensors, keys, parts, nemo.part_of)
     source.scratch = scratch
+    return of_adapters(source, nemo_base(file)) if adapters else source
+
+
+def nemo_base(file: NemoFile) -> dict | None:
+    """The fingerprint of the base that an adapter of ours was trained beside."""
+    ours = file.config.get(peft.OURS)
+    return ours.get("base") if isinstance(ours, dict) else None
+
+
+def peft_adapter(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, lora: Lora | None = None) -> Source:
+    """A directory of Hugging Face's peft."""
+    tensors = peft.open_tensors(path)
+    _expect_adapters(path, lora, list(tensors))
+
+    def part_of(name: str) -> str | None:
+        part = name.split(".")[0]
+        return part if part in PARTS else None
+
+    return of_adapters(Source(path, tensors, peft.key_map(config, lora, tensors), parts, part_of), peft.recorded_base(path))
+
+
+def of_adapters(source: Source, recorded_base: dict | None) -> Source:
+    """What of them is frozen is copied into a run: they are no model that could be opened again by itself."""
+    source.published, source.recorded_base = None, recorded_base
     return source
+
+
+def _expect_adapters(path: Path, lora: Lora | None, names: list[str]) -> None:
+    if lora is None:
+        raise UserError(
+            f"{path}: holds LoRA adapters ({some(sorted(names), 2)}), and the model has none: name it in model.peft.restore_from_path, beside its base, or "
+            "merge it into its base (python convert_torch.py --merge_lora)"
+        )

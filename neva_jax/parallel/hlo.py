@@ -53,12 +53,13 @@ class Module(NamedTuple):
 
 class Gemm(NamedTuple):
     """precision: fp8, bf16 or fp32; batched: one a head (attention without a kernel of its own), not one a weight; computation: where it stands; count: how
-    often a step runs it."""
+    often a step runs it; op_name: what the program called it."""
 
     precision: str
     batched: bool
     computation: str
     count: int
+    op_name: str = ""
 
 
 class Collective(NamedTuple):
@@ -161,7 +162,7 @@ def gemms(module: Module) -> list[Gemm]:
     for instruction, name, count in _instructions(module):
         if instruction.opcode == "dot" or instruction.target in GEMM_TARGETS:
             batched = re.search(r'lhs_batch_dim(?:s=\{|ensions":\[")\d', instruction.rest) is not None
-            found.append(Gemm(_precision(instruction, module.computations[name]), batched, name, count))
+            found.append(Gemm(_precision(instruction, module.computations[name]), batched, name, count, instruction.op_name))
     return found
 
 

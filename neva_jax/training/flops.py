@@ -8,15 +8,17 @@ from neva_jax.layers.mlp import ACTIVATIONS
 from neva_jax.models.multimodal import NevaConfig
 
 
-def row_flops(config: NevaConfig, *, tokens: int, supervised: int, media: int, trained: set[str]) -> float:
-    """One row of a batch of shape (T, K, N). trained: parts that have a weight that trains, of "llm", "projector", "vision_encoder"."""
-    return sum(row_flops_by_kind(config, tokens=tokens, supervised=supervised, media=media, trained=trained).values())
+def row_flops(config: NevaConfig, *, tokens: int, supervised: int, media: int, trained: set[str], adapters: int = 0) -> float:
+    """One row of a batch of shape (T, K, N). trained: parts that have a weight that trains, of "llm", "projector", "vision_encoder"; adapters: weights of
+    those in the language model's layers, which train whatever `trained` says."""
+    return sum(row_flops_by_kind(config, tokens=tokens, supervised=supervised, media=media, trained=trained, adapters=adapters).values())
 
 
-def row_flops_by_kind(config: NevaConfig, *, tokens: int, supervised: int, media: int, trained: set[str]) -> dict[str, float]:
-    """The same, apart: layers (the projections of the language model's layers), attention (its scores and their product with the values), head, encoder."""
+def row_flops_by_kind(config: NevaConfig, *, tokens: int, supervised: int, media: int, trained: set[str], adapters: int = 0) -> dict[str, float]:
+    """The same, apart: layers (the projections of the language model's layers), adapters, attention (its scores and their product with the values), head,
+    encoder."""
     llm, vision = config.llm, config.vision
-    below = bool(trained & {"projector", "vision_encoder"}) or "llm" in trained
+    below = bool(trained & {"llm", "projector", "vision_encoder"}) or adapters > 0
     passes = 1 + below + ("llm" in trained)
     heads, groups = llm.num_attention_heads * llm.head_dim, llm.num_query_groups * llm.head_dim
     gates = 3 if ACTIVATIONS[llm.activation][1] else 2
@@ -31,7 +33,8 @@ def row_flops_by_kind(config: NevaConfig, *, tokens: int, supervised: int, media
     encoder += 2 * length * vision.hidden_size * 3 * vision.patch_size**2
     encoder *= media * (3 if "vision_encoder" in trained else 1)
     passes = 1 + ("projector" in trained) + ("vision_encoder" in trained)
-    return {"layers": layers, "attention": attention, "head": head, "encoder": encoder + media * projector_flops(config) * passes}
+    encoder += media * projector_flops(config) * passes
+    return {"layers": layers, "adapters": 2 * tokens * adapters * 3, "attention": attention, "head": head, "encoder": encoder}
 
 
 def projector_flops(config: NevaConfig) -> float:

@@ -1,0 +1,116 @@
+"""The adapters of an opened model in another program's format: a directory of Hugging Face's peft, or a .nemo as NeMo's LoRA saves it.
+
+The projector goes along where it was trained beside them. An adapter remembers a few numbers of its base, so that it can refuse another one.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from neva_jax.build.export import Written, nemo_tree, num_bytes
+from neva_jax.build.opened import Opened
+from neva_jax.convert import nemo, peft
+from neva_jax.convert.adapters import fingerprint
+from neva_jax.convert.nemo_write import write_nemo
+from neva_jax.errors import UserError
+from neva_jax.fields import LORA_TARGETS
+from neva_jax.transforms.lora import Lora, Target, adapters_of
+
+log = logging.getLogger(__name__)
+
+TOGETHER = {"attention_qkv": ("q_proj", "k_proj", "v_proj"), "mlp_fc1": ("gate_proj", "up_proj")}  # what NeMo's canonical variant adapts together
+
+
+def adapter_arrays(opened: Opened, dtype: str | None, tell) -> dict[str, Written]:
+    """{path: array} of adapters, and of a projector that lies where they do."""
+    paths = sorted({path for pair in opened.adapters.values() for path in pair})
+    if missing := [path for path in paths if path not in opened.origin]:
+        raise UserError(f"{opened.path}: {len(missing)} weights of its adapters are missing ({', '.join(missing[:3])}); copy it again")
+    home = {id(opened.origin[path]) for path in paths}
+    paths += [path for path in opened.weights if path.startswith("projector/") and path in opened.origin and id(opened.origin[path]) in home]
+    for source in {id(opened.origin[path]): opened.origin[path] for path in paths}.values():
+        source.check({path: opened.weights[path].shape for path in paths if opened.origin[path] is source})
+    return {path: Written(path, opened.origin[path].lazy(path, opened.weights[path].shape), dtype, tell) for path in paths}
+
+
+def unshared(opened: Opened, arrays: dict) -> tuple[Lora, dict]:
+    """The same adapters with an A for each projection, as peft has them, and NeMo's canonical variant."""
+    lora = dataclasses.replace(opened.lora, targets=tuple(Target(target.pattern) for target in opened.lora.targets))
+    own = {ours[0]: arrays[theirs[0]] for ours, theirs in zip(adapters_of(opened.weights, lora).values(), opened.adapters.values(), strict=True)}
+    return lora, arrays | own
+
+
+def base_record(opened: Opened) -> dict:
+    """What the adapters' kernels are known by again; {} where the base is not here."""
+    here = [path for path in opened.adapters if path in opened.origin]
+    return fingerprint({path: opened.origin[path].lazy(path, opened.weights[path].shape) for path in here})
+
+
+def has_base(opened: Opened) -> bool:
+    return all(path in opened.origin for path in opened.adapters)
+
+
+# ---- Hugging Face's peft -------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_peft(opened: Opened, output: Path, *, dtype: str | None = None, tell=lambda count: None) -> dict:
+    lora, arrays = unshared(opened, adapter_arrays(opened, dtype, tell))
+    with_projector, alone = any(path.startswith("projector/") for path in arrays), not {"vision_encoder", "projector"} & {*opened.parts}
+    keys = peft.key_map(opened.neva, lora, ["projector."] if with_projector else [])
+    if with_projector and opened.neva.projector != "mlp2x_gelu":
+        kind = opened.neva.projector
+        raise UserError(f"mm_mlp_adapter_type {kind}: transformers' LLaVA has mlp2x_gelu alone, so that peft could not load it; convert --to nemo")
+    base = opened.config.model.mm_cfg.llm.from_pretrained or opened.named.get("llm")
+    count = peft.write_peft(output, keys, {path: arrays[path] for path in keys.rules}, lora, base=base, base_record=base_record(opened), alone=alone)
+    if base is None:
+        log.info(f"note: {peft.CONFIG} names no base; peft takes it from the model that the adapter is put on (convert the base by itself --to hf)")
+    return {"num_tensors": count, "num_bytes": num_bytes(arrays)}
+
+
+# ---- NeMo ----------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_nemo(
+    opened: Opened, output: Path, *, tensor_parallel: int = 1, pipeline_parallel: int = 1, key_format: str = "mcore", dtype: str | None = None,
+    tell=lambda count: None,
+) -> dict:  # fmt: skip
+    arrays = adapter_arrays(opened, dtype, tell)
+    lora, arrays, tuning = as_nemo_has_them(opened, arrays)
+    parts = ("llm", "projector") if any(path.startswith("projector/") for path in arrays) else ("llm",)
+    keys = nemo.adapter_map(opened.neva, lora, with_projector=len(parts) > 1)
+    outline = keys.outline(arrays)
+    if lora.rank % tensor_parallel:
+        raise UserError(f"--tensor_parallel {tensor_parallel} does not divide the rank {lora.rank}, which NeMo's tensor ranks share; choose a divisor")
+    tree, artifacts = nemo_tree(opened, ("projector",), outline, tensor_parallel)
+    tree["peft"]["lora_tuning"] |= tuning
+    tree["neva_jax"]["base"] = base_record(opened)
+    write_nemo(
+        output, keys.parts(arrays), outline, tree, artifacts, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, key_format=key_format,
+    )  # fmt: skip
+    return {"num_tensors": len(outline), "num_bytes": num_bytes(arrays)}
+
+
+def as_nemo_has_them(opened: Opened, arrays: dict) -> tuple[Lora, dict, dict]:
+    """-> adapters that NeMo's names can tell, their arrays, and fields of `lora_tuning`. It adapts q, k and v, and gate and up, together: what lacks partners
+    gets some that are zeros, which change nothing."""
+    names = {path.split("/")[-2] for path in opened.adapters}
+    shared = {pair[0] for path, pair in opened.adapters.items() if pair[0] != path.replace("/kernel", "/lora_A")}
+    alone = [name for group in TOGETHER.values() for name in group if name in names and not any(f"/{member}/" in a for a in shared for member in group)]
+    lora = opened.lora
+    gated = any(path.endswith("/gate_proj/kernel") for path in opened.weights)
+    fused = bool(shared) and not [name for name in alone if gated or name != "up_proj"]
+    if not fused:
+        lora, arrays = unshared(opened, arrays)
+    targets = [target for target, group in LORA_TARGETS.items() if not target.endswith("_proj") and {f"{name}_proj" for name in group} & names]
+    if not fused:
+        wanted = [f"{name}_proj" for target in targets for name in LORA_TARGETS[target] if gated or name != "gate"]
+        lora = dataclasses.replace(lora, targets=tuple(Target(rf"^llm/layers/\w+/{name}$") for name in wanted))
+        for kernel, (lora_A, lora_B) in adapters_of(opened.weights, lora).items():
+            *stack, rows, columns = opened.weights[kernel].shape
+            arrays.setdefault(lora_A, np.zeros((*stack, rows, lora.rank), np.float32))
+            arrays.setdefault(lora_B, np.zeros((*stack, lora.rank, columns), np.float32))
+    used = {path for pair in adapters_of(opened.weights, lora).values() for path in pair} | {path for path in arrays if path.startswith("projector/")}
+    tuning = {"target_modules": targets, "variant": "nemo" if fused or not set(TOGETHER) & set(targets) else "canonical"}
+    return lora, {path: arrays[path] for path in sorted(used)}, tuning
