@@ -169,7 +169,9 @@ class NemoFile:
             names = {theirs: known for theirs in files[0] if (known := canonical(theirs)) and known != copied}
             self._check_ranks(files)
             numbers = [int(match[2]) for known in names.values() if (match := LAYER.match(known))]
-            shift = layers - min(numbers, default=layers)  # a stage counts its own layers, or all
+            per_stage, rest = divmod(self.config.get("num_layers") or 0, depth)
+            first = layers if rest or not per_stage else stage * per_stage
+            shift = first if min(numbers, default=first) < first else 0  # a stage counts its own layers, or all
             for theirs, known in names.items():
                 yield shift_layer(known, shift), Merged(tuple(file[theirs] for file in files), split_dim(known), is_glu(known, gated))
             layers = max((number + shift + 1 for number in numbers), default=layers)

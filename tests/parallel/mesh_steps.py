@@ -59,7 +59,7 @@ class Step:
         state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), self.abstract_state)
         state["params"] = {path: place(path) for path in self.model.rows}
         state["scales"] = jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding), self.abstract_state["scales"])
-        return state, {path: place(path) for path in arrays if path not in self.model.rows}
+        return state, self.model.stored({path: place(path) for path in arrays if path not in self.model.rows})
 
     def batch(self, seed: int) -> dict[str, jax.Array]:
         return jax.device_put(global_batch(seed, self.micro_batches), batch_sharding(self.mesh))
