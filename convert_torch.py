@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from neva_jax import cli, hub
 from neva_jax.build import export, export_lora, roundtrip
-from neva_jax.build.opened import opened, trained_in_float8
+from neva_jax.build.opened import opened
 from neva_jax.convert.nemo import KEY_FORMATS
 from neva_jax.convert.source import PARTS
 from neva_jax.errors import UserError
@@ -59,7 +59,7 @@ def main(
             if verify:
                 verify_base(model, base)
             if merge_lora or merge_into:
-                model = merge(model, merge_into)
+                model = merge(model, merge_into, merge_lora)
             adapters = model.lora is not None and to != "orbax"
             if adapters and parts:
                 raise UserError("--parts is of whole models, and the adapters alone are written; add --merge_lora to write them into the model")
@@ -72,7 +72,7 @@ def main(
             if to == "hf" and not adapters:
                 report |= roundtrip.compare(model, output, chosen)
             elif to == "hf":
-                report |= roundtrip.compare_adapters(model, output, [input, *base])
+                report |= roundtrip.compare_adapters(model, output)
     except KeyboardInterrupt:
         log.error(f"interrupted: {f'{output} is whole, but was not compared' if output.exists() else f'nothing was left of {output}'}")
         raise
@@ -105,19 +105,20 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def merge(model, into: str | None):
+def merge(model, into: str | None, asked: bool):
     """The model with its adapters' products in its kernels."""
+    if not asked:
+        raise UserError(f"--merge_into {into} goes with --merge_lora; add that")
     if model.lora is None:
         raise UserError(f"--merge_lora: {model.path} holds no LoRA adapters; leave the flag out")
-    quantised = trained_in_float8(model)
-    if quantised and into is None:
+    if model.float8_of and into is None:
         raise UserError(
             f"--merge_lora: {model.path} was trained beside weights in e4m3 (model.fp8_frozen_weights); say what the adapters are added to: --merge_into "
             "original (the weights before they were rounded, as is common) or --merge_into dequantized (the weights as training saw them)"
         )
-    if into == "dequantized" and not quantised:
-        raise UserError(f"--merge_into dequantized: {model.path} was not trained beside weights in float8; leave the flag out")
-    return model.merged(rounded=quantised if into == "dequantized" else None)
+    if into and not model.float8_of:
+        raise UserError(f"--merge_into {into}: {model.path} was not trained beside weights in float8; leave the flag out")
+    return model.merged(dequantized=into == "dequantized")
 
 
 def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -127,7 +128,7 @@ def choose(model, to: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(part for part in PARTS if part in wanted)
     if to == "nemo":
         return export.nemo_parts(model)
-    is_neva = "projector" in model.parts and to == "hf"  # whose directory has to be whole
+    is_neva = to == "hf" and ("projector" in model.parts or {"llm", "vision_encoder"} <= {*model.parts})  # whose directory has to be whole
     return PARTS if is_neva else model.parts
 
 

@@ -71,6 +71,7 @@ def get_config(stage: str = "all"):
     model.optim.sched.update({"warmup_steps": 100, "min_lr": 1e-5})
     if stage == "peft":
         model.peft.peft_scheme = "lora"
-        model.peft.lora_tuning.update({"adapter_dim": 3, "target_modules": ("all",)})
-        model.optim.update({"lr": 1e-2, "weight_decay": 0.0})
+        model.peft.lora_tuning.update({"adapter_dim": 12, "target_modules": ("all",)})
+        model.peft.projector_lr_factor = 0.0  # of so small a model it would be most of what trains
+        model.optim.update({"lr": 5e-3, "weight_decay": 0.0})
     return config

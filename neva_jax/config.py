@@ -289,13 +289,13 @@ def from_json(saved: dict) -> ConfigDict:
 
 def architecture(config: ConfigDict) -> dict[str, object]:
     """{dotted path: value} of what defines the weights' shapes and meaning, as saved with a checkpoint; null sizes are resolved."""
-    adapters = set() if config.model.peft.peft_scheme is None else ADAPTERS
+    adapters = {"model.peft.peft_scheme"} if config.model.peft.peft_scheme is None else ADAPTERS
     result = {path: leaves(config)[path] for path in sorted(ARCHITECTURE | adapters)}
     heads = result["model.num_attention_heads"]
     result["model.num_query_groups"] = result["model.num_query_groups"] or heads
     result["model.kv_channels"] = result["model.kv_channels"] or result["model.hidden_size"] // heads
     result["model.activation"] = result["model.activation"].removeprefix("fast-")
-    if adapters:
+    if adapters == ADAPTERS:
         result["model.peft.lora_tuning.alpha"] = float(result["model.peft.lora_tuning.alpha"] or result["model.peft.lora_tuning.adapter_dim"])
     return to_json(result)
 

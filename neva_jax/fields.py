@@ -328,7 +328,7 @@ RULES = {  # {path: (what holds for every value but null, in words)}
     "model.optim.betas": (lambda v: len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1, such as (0.9, 0.95)"),
     "model.peft.lora_tuning.adapter_dropout": (lambda v: 0 <= v < 1, "a share from 0 to below 1"),
     "model.peft.lora_tuning.target_modules": (
-        lambda v: len(v) > 0 and all(name in LORA_TARGETS for name in v),
+        lambda v: len(v) > 0 and all(isinstance(name, str) and name in LORA_TARGETS for name in v),
         f"names among {', '.join(LORA_TARGETS)}",
     ),
     "model.peft.lora_tuning.layer_selection": (

@@ -15,6 +15,7 @@ from neva_jax.build.planned import KINDS, Step, local_bytes
 from neva_jax.parallel.mesh import batch_shards
 from neva_jax.training.loss import CHUNK
 from neva_jax.training.step import micro_loss
+from neva_jax.transforms.lora import adapters_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Estimated:
             chosen = model.activations_checkpoint_num_layers or 1 if model.activations_checkpoint_method == "block" and not self.step.bubble else math.inf
             again = forward * min(1.0, chosen / model.num_layers)
         return {"fp8": 0, "bf16": 0, "fp32": 0} | {_precision(self.step): needed + again}
+
+    @property
+    def adapter_gemms_per_layer(self) -> float:
+        """To and from the rank forward, and four for each lora_B backward; a lora_A that projections share is applied once."""
+        pairs = adapters_of(self.step.model.weights, self.step.model.lora).values()
+        forward = len({lora_A for lora_A, _ in pairs}) + len(pairs)
+        return forward + 4 * len(pairs) + forward * (self.step.config.model.activations_checkpoint_granularity == "full")
 
     @property
     def collectives(self) -> list[dict]:

@@ -102,7 +102,9 @@ def to_orbax(opened: Opened, output: Path, parts: tuple[str, ...], *, dtype: str
             config["model"]["mm_cfg"][part]["from_pretrained"] = None
         config["model"]["tokenizer"] |= _copy_tokenizer(opened, made)
         (made / "config.json").write_text(json.dumps(config, indent=1))
-        (made / "base.json").write_text(json.dumps({"copied": sorted(arrays), "published": [], "whole": True}, indent=1))
+        base = {"copied": sorted(arrays), "published": [], "whole": True}
+        base |= {"float8_of": opened.float8_of} if opened.lora else {}  # beside which the adapters were trained
+        (made / "base.json").write_text(json.dumps(base, indent=1))
         if "vision_encoder" in parts:
             save_processor(opened.config, made)
         os.rename(made, output)

@@ -12,11 +12,12 @@ import numpy as np
 from neva_jax.build.export import Written, nemo_tree, num_bytes
 from neva_jax.build.opened import Opened
 from neva_jax.convert import nemo, peft
-from neva_jax.convert.adapters import fingerprint
+from neva_jax.convert.adapters import base_record
 from neva_jax.convert.nemo_write import write_nemo
 from neva_jax.errors import UserError
 from neva_jax.fields import LORA_TARGETS
-from neva_jax.transforms.lora import Lora, Target, adapters_of
+from neva_jax.hub import format_of
+from neva_jax.transforms.lora import Lora, Target, adapters_of, is_adapter
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,15 @@ def unshared(opened: Opened, arrays: dict) -> tuple[Lora, dict]:
     return lora, arrays | own
 
 
-def base_record(opened: Opened) -> dict:
-    """What the adapters' kernels are known by again; {} where the base is not here."""
-    here = [path for path in opened.adapters if path in opened.origin]
-    return fingerprint({path: opened.origin[path].lazy(path, opened.weights[path].shape) for path in here})
+def record_of(opened: Opened) -> dict:
+    """What the adapters are to remember of their base: where it is not here, what they remembered."""
+    kernels = opened.kernels()
+    return base_record(kernels, opened.float8_of) if kernels else opened.record or base_record({}, opened.float8_of)
 
 
-def has_base(opened: Opened) -> bool:
-    return all(path in opened.origin for path in opened.adapters)
+def stands_alone(opened: Opened) -> bool:
+    """Whether the adapters are of a language model by itself."""
+    return not {"vision_encoder", "projector"} & {*opened.parts}
 
 
 # ---- Hugging Face's peft -------------------------------------------------------------------------------------------------------------------------------
@@ -57,16 +59,25 @@ def has_base(opened: Opened) -> bool:
 
 def to_peft(opened: Opened, output: Path, *, dtype: str | None = None, tell=lambda count: None) -> dict:
     lora, arrays = unshared(opened, adapter_arrays(opened, dtype, tell))
-    with_projector, alone = any(path.startswith("projector/") for path in arrays), not {"vision_encoder", "projector"} & {*opened.parts}
+    with_projector, alone = any(path.startswith("projector/") for path in arrays), stands_alone(opened)
     keys = peft.key_map(opened.neva, lora, ["projector."] if with_projector else [])
     if with_projector and opened.neva.projector != "mlp2x_gelu":
         kind = opened.neva.projector
         raise UserError(f"mm_mlp_adapter_type {kind}: transformers' LLaVA has mlp2x_gelu alone, so that peft could not load it; convert --to nemo")
-    base = opened.config.model.mm_cfg.llm.from_pretrained or opened.named.get("llm")
-    count = peft.write_peft(output, keys, {path: arrays[path] for path in keys.rules}, lora, base=base, base_record=base_record(opened), alone=alone)
+    base = base_directory(opened, alone)
+    count = peft.write_peft(output, keys, {path: arrays[path] for path in keys.rules}, lora, base=base, record=record_of(opened), alone=alone)
     if base is None:
         log.info(f"note: {peft.CONFIG} names no base; peft takes it from the model that the adapter is put on (convert the base by itself --to hf)")
     return {"num_tensors": count, "num_bytes": num_bytes(arrays)}
+
+
+def base_directory(opened: Opened, alone: bool) -> str | None:
+    """The Hugging Face directory that is the whole model without its adapters, if there is one."""
+    frozen = [path for path in opened.origin if not is_adapter(path) and not path.startswith("projector/")]
+    homes = {getattr(opened.origin[path], "path", None) for path in frozen}
+    place = homes.pop() if len(homes) == 1 else None
+    is_whole = place is not None and format_of(place) == "hf" and (alone or "vision_encoder" in opened.parts)
+    return str(place) if is_whole else None
 
 
 # ---- NeMo ----------------------------------------------------------------------------------------------------------------------------------------------
@@ -78,14 +89,15 @@ def to_nemo(
 ) -> dict:  # fmt: skip
     arrays = adapter_arrays(opened, dtype, tell)
     lora, arrays, tuning = as_nemo_has_them(opened, arrays)
-    parts = ("llm", "projector") if any(path.startswith("projector/") for path in arrays) else ("llm",)
-    keys = nemo.adapter_map(opened.neva, lora, with_projector=len(parts) > 1)
+    keys = nemo.adapter_map(opened.neva, lora, with_projector=any(path.startswith("projector/") for path in arrays))
     outline = keys.outline(arrays)
     if lora.rank % tensor_parallel:
         raise UserError(f"--tensor_parallel {tensor_parallel} does not divide the rank {lora.rank}, which NeMo's tensor ranks share; choose a divisor")
-    tree, artifacts = nemo_tree(opened, ("projector",), outline, tensor_parallel)
+    if key_format == "legacy" and tuning["variant"] == "canonical":
+        raise UserError("--key_format legacy has no adapters of q, k and v, or gate and up, by themselves: NeMo adapts the fused weights there; write mcore")
+    tree, artifacts = nemo_tree(opened, ("llm",) if stands_alone(opened) else ("projector",), outline, tensor_parallel)
     tree["peft"]["lora_tuning"] |= tuning
-    tree["neva_jax"]["base"] = base_record(opened)
+    tree["neva_jax"]["base"] = record_of(opened)
     write_nemo(
         output, keys.parts(arrays), outline, tree, artifacts, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, key_format=key_format,
     )  # fmt: skip
@@ -108,9 +120,9 @@ def as_nemo_has_them(opened: Opened, arrays: dict) -> tuple[Lora, dict, dict]:
         wanted = [f"{name}_proj" for target in targets for name in LORA_TARGETS[target] if gated or name != "gate"]
         lora = dataclasses.replace(lora, targets=tuple(Target(rf"^llm/layers/\w+/{name}$") for name in wanted))
         for kernel, (lora_A, lora_B) in adapters_of(opened.weights, lora).items():
-            *stack, rows, columns = opened.weights[kernel].shape
-            arrays.setdefault(lora_A, np.zeros((*stack, rows, lora.rank), np.float32))
-            arrays.setdefault(lora_B, np.zeros((*stack, lora.rank, columns), np.float32))
+            (*stack, rows, columns), dtype = opened.weights[kernel].shape, next(iter(arrays.values())).dtype
+            arrays.setdefault(lora_A, np.zeros((*stack, rows, lora.rank), dtype))
+            arrays.setdefault(lora_B, np.zeros((*stack, lora.rank, columns), dtype))
     used = {path for pair in adapters_of(opened.weights, lora).values() for path in pair} | {path for path in arrays if path.startswith("projector/")}
     tuning = {"target_modules": targets, "variant": "nemo" if fused or not set(TOGETHER) & set(targets) else "canonical"}
     return lora, {path: arrays[path] for path in sorted(used)}, tuning

@@ -26,19 +26,23 @@ def build_lora(config: ConfigDict) -> Lora | None:
         return None
     t = p.lora_tuning
     layers = None if t.layer_selection is None else tuple(sorted(layer - 1 for layer in t.layer_selection))
+    layers = None if layers == tuple(range(config.model.num_layers)) else layers
     alpha = t.adapter_dim if t.alpha is None else t.alpha
     return Lora(t.adapter_dim, float(alpha), targets_of(t.target_modules, t.variant), layers, t.column_init_method, t.row_init_method)
 
 
 def targets_of(names, variant: str) -> tuple[Target, ...]:
-    """names: of fields.LORA_TARGETS. variant: NeMo's; in "nemo" the projections of attention_qkv, and those of mlp_fc1, have one A; in "canonical" one each."""
-    found: list[Target] = []
-    for name in names:
+    """names: of fields.LORA_TARGETS. variant: NeMo's; in "nemo" the projections of attention_qkv, and those of mlp_fc1, have one A; in "canonical" one each,
+    as those that are named by themselves."""
+    groups, todo = {}, list(names)
+    while todo:
+        name = todo.pop(0)
         if LORA_TARGETS[name][0] in LORA_TARGETS:
-            found += targets_of(LORA_TARGETS[name], variant)
+            todo += LORA_TARGETS[name]
         else:
-            found.append(Target(rf"^llm/layers/\w+/({'|'.join(LORA_TARGETS[name])})_proj$", variant == "nemo" and len(LORA_TARGETS[name]) > 1))
-    return tuple(dict.fromkeys(found))
+            groups[LORA_TARGETS[name]] = None
+    groups = [group for group in groups if not any(set(group) < set(other) for other in groups)]
+    return tuple(Target(rf"^llm/layers/\w+/({'|'.join(group)})_proj$", variant == "nemo" and len(group) > 1) for group in groups)
 
 
 def with_adapters(model: nnx.Module, lora: Lora | None, seed: int) -> nnx.Module:
@@ -51,7 +55,23 @@ def lora_rows(config: ConfigDict) -> list[Row]:
     return [Row(PATTERN), *projector]
 
 
-def check_rows(lora: Lora | None, weights: dict[str, Weight], rows: dict[str, Row]) -> None:
+def check_targets(config: ConfigDict, lora: Lora, weights: dict[str, Weight]) -> None:
+    """weights: of the base. Every name that is to get adapters is there, and an adapter is smaller than what it stands for."""
+    for name in config.model.peft.lora_tuning.target_modules:
+        if name == "gate_proj" and not any(path.endswith("/gate_proj/kernel") for path in weights):
+            activation = config.model.activation
+            raise UserError(f"model.peft.lora_tuning.target_modules names gate_proj, which model.activation {activation} does not have; name up_proj")
+    for kernel in adapters_of(weights, lora):
+        rows, columns = weights[kernel].shape[-2:]
+        if lora.rank > min(rows, columns):
+            raise UserError(
+                f"{kernel.removesuffix('/kernel')} is a matrix of {rows} x {columns}, of no higher rank than {min(rows, columns)}, and its adapter would have "
+                f"rank {lora.rank}; set model.peft.lora_tuning.adapter_dim to at most {min(rows, columns)}, or leave {kernel.split('/')[-2]} out of "
+                "target_modules"
+            )
+
+
+def check_rows(lora: Lora, weights: dict[str, Weight], rows: dict[str, Row]) -> None:
     """model.trainable has the last word, but adapters that stay as they are born were not asked for."""
     idle = sorted({path for pair in adapters_of(weights, lora).values() for path in pair} - rows.keys())
     if idle:
@@ -63,19 +83,18 @@ def check_rows(lora: Lora | None, weights: dict[str, Weight], rows: dict[str, Ro
 
 def check_same(config: ConfigDict, theirs: dict[str, object], lora: Lora, weights: dict[str, Weight], where: str) -> None:
     """theirs: {config field: value} of adapters that are to be taken over; they must be those that the config asks for."""
-    if not theirs.get("model.peft.peft_scheme"):
-        raise UserError(f"{where} holds no LoRA adapters; give a run that has them, a directory of peft or a .nemo of adapters")
     theirs, other = {name: theirs[name] for name in sorted(ADAPTERS & theirs.keys())}, config.copy_and_resolve_references()
     other.unlock()
     for name, value in theirs.items():
         assign(other, name, value)
     found = build_lora(other)
-    depth = next(weights[kernel].shape[0] for kernel in adapters_of(weights, lora))
-    meaning = lambda one: (one.rank, one.alpha, adapters_of(weights, one), one.layers or tuple(range(depth)))  # noqa: E731
-    if meaning(found) != meaning(lora):
-        ours = leaves(config)
-        listed = "; ".join(f"{name} is {ours[name]}, the adapters have {value}" for name, value in theirs.items() if value != ours[name])
-        spelt = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in theirs.items() if value != ours[name]}
+    pairs = lambda one: adapters_of(weights, one)  # noqa: E731
+    differ = {"adapter_dim": found.rank != lora.rank, "alpha": found.alpha != lora.alpha, "layer_selection": found.layers != lora.layers}
+    differ |= dict.fromkeys(("target_modules", "variant"), pairs(found) != pairs(lora))
+    ours, theirs = leaves(config), {f"model.peft.lora_tuning.{name}": theirs[f"model.peft.lora_tuning.{name}"] for name, is_other in differ.items() if is_other}
+    if theirs := {name: value for name, value in theirs.items() if value != ours[name]}:
+        listed = "; ".join(f"{name} is {ours[name]}, the adapters have {value}" for name, value in theirs.items())
+        spelt = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in theirs.items()}
         raise UserError(f"{where} has other adapters: {listed}; add {' '.join(f'--config.{name}={value}' for name, value in spelt.items())}")
 
 
@@ -83,13 +102,18 @@ def describe_lora(lora: Lora, weights: dict[str, Weight]) -> str:
     """The adapters, in a line."""
     found = adapters_of(weights, lora)
     depth = next(weights[kernel].shape[0] for kernel in found)
-    chosen, names = range(depth) if lora.layers is None else lora.layers, {}
+    names = {}
     for kernel, (lora_A, _) in found.items():
         names.setdefault(lora_A, []).append(kernel.split("/")[-2])
-    count = sum(math.prod(weights[path].shape) for path in {path for pair in found.values() for path in pair}) // depth * len(chosen)
     where = ", ".join(" and ".join(group) + (" (one lora_A)" if len(group) > 1 else "") for group in names.values())
     layers = f"all {depth} layers" if lora.layers is None else f"layers {', '.join(str(layer + 1) for layer in lora.layers)} of {depth}"
-    return f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} at {where} of {layers}; {count:,} weights"
+    return f"LoRA: rank {lora.rank}, alpha {lora.alpha:g} at {where} of {layers}; {num_weights(lora, weights):,} weights"
+
+
+def num_weights(lora: Lora, weights: dict[str, Weight]) -> int:
+    """Of adapters, in the layers that have them."""
+    shapes = [weights[path].shape for path in {path for pair in adapters_of(weights, lora).values() for path in pair}]
+    return sum(math.prod(shape[1:]) * (shape[0] if lora.layers is None else len(lora.layers)) for shape in shapes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from neva_jax.build import fp8 as build_fp8
 from neva_jax.build.architecture import fields_of
-from neva_jax.build.lora import Dropout, build_dropout, build_lora, check_rows, describe_lora, lora_rows, with_adapters
+from neva_jax.build.lora import Dropout, build_dropout, build_lora, check_rows, check_targets, describe_lora, lora_rows, num_weights, with_adapters
 from neva_jax.build.weights import weight_paths
 from neva_jax.config import leaves
 from neva_jax.convert.hf import TOWERS
@@ -208,9 +208,12 @@ def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Mode
     vision_attend, vision_kernel = attend(dtype=vision.dtype, head_dim=vision.hidden_size // vision.num_attention_heads)
     log.info(f"attention: {kernel} (language model), {vision_kernel} (vision tower)")
     lora = build_lora(config)
+    if lora:
+        check_targets(config, lora, describe(lambda: neva(neva_config, rngs=nnx.Rngs(0)))[1])
     plain = describe(lambda: with_adapters(neva(neva_config, rngs=nnx.Rngs(0)), lora, 0))[1]
     rows = trainable(plain, trainable_rows(config))
-    check_rows(lora, plain, rows)
+    if lora:
+        check_rows(lora, plain, rows)
     how = (m.activations_checkpoint_granularity, m.activations_checkpoint_method, m.activations_checkpoint_num_layers)
     runner = make_runner(*how, attention=KEEP_OUTPUTS[kernel], frozen=_frozen("llm", rows))
     vision_runner = make_runner(attention=KEEP_OUTPUTS[vision_kernel], frozen=_frozen("vision_encoder", rows))
@@ -282,7 +285,7 @@ def image_processor(config: ConfigDict) -> ImageProcessor:
 
 def flops_by_kind(model: Model, *, tokens: int, supervised: int, media: int) -> dict[str, float]:
     """Model FLOPs of a row of that shape (training/flops.py)."""
-    adapters = sum(math.prod(weight.shape) for path, weight in model.weights.items() if is_adapter(path))
+    adapters = num_weights(model.lora, model.weights) if model.lora else 0
     return row_flops_by_kind(model.config, tokens=tokens, supervised=supervised, media=media, trained=model.trained_parts, adapters=adapters)
 
 

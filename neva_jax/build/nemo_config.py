@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from neva_jax.config import leaves, schema, to_json
 from neva_jax.errors import UserError
-from neva_jax.fields import ARCHITECTURE, VISION, paths
+from neva_jax.fields import ARCHITECTURE, LORA_TARGETS, VISION, paths
 from neva_jax.transforms.select import nest
 
 log = logging.getLogger(__name__)
@@ -62,11 +62,18 @@ def nemo_adapter_fields(section: dict, where: str) -> dict[str, object]:
     """section: `peft` of the model_config.yaml of a file with adapters."""
     tuning = section.get("lora_tuning") if isinstance(section.get("lora_tuning"), dict) else {}
     scheme, rank, tied = section.get("peft_scheme"), tuning.get("adapter_dim"), tuning.get("weight_tying")
-    if scheme != "lora" or not isinstance(rank, int) or tied:
+    layers, targets, alpha = tuning.get("layer_selection"), tuning.get("target_modules") or ("attention_qkv",), tuning.get("alpha")
+    if scheme != "lora" or not isinstance(rank, int) or rank < 1 or tied:
         found = "lora_tuning.weight_tying True" if tied else f"peft_scheme {scheme!r} with lora_tuning.adapter_dim {rank!r}"
         raise UserError(f"{where}: model_config.yaml: {found}; this version reads peft_scheme lora with a rank, and adapters of every layer's own")
-    layers, targets = tuning.get("layer_selection"), tuning.get("target_modules") or ("attention_qkv",)
-    found = {"adapter_dim": rank, "alpha": float(tuning.get("alpha") or rank), "variant": tuning.get("variant") or "nemo"}
+    wrong = {
+        f"alpha {alpha!r}": alpha is not None and not isinstance(alpha, int | float),
+        f"target_modules {targets!r}": not isinstance(targets, list | tuple) or not all(target in LORA_TARGETS for target in targets),
+        f"layer_selection {layers!r}": layers is not None and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)),
+    }
+    if wrong := [words for words, is_wrong in wrong.items() if is_wrong]:
+        raise UserError(f"{where}: model_config.yaml: lora_tuning.{' and '.join(wrong)} is not as NeMo writes it; copy the file again")
+    found = {"adapter_dim": rank, "alpha": float(alpha or rank), "variant": tuning.get("variant") or "nemo"}
     found |= {"target_modules": tuple(targets), "layer_selection": None if layers is None else tuple(layers)}
     return {"model.peft.peft_scheme": "lora"} | {f"model.peft.lora_tuning.{name}": value for name, value in found.items()}
 

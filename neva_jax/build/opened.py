@@ -16,12 +16,14 @@ from ml_collections import ConfigDict
 
 from neva_jax.build.architecture import fields_of, guesses_of, template_of
 from neva_jax.build.data import build_tokenizer
+from neva_jax.build.fp8 import PROJECTIONS
 from neva_jax.build.lora import build_lora, with_adapters
 from neva_jax.build.model import COMPUTE, neva_config
 from neva_jax.build.nemo_config import LLM_FROM, TOWER_FROM, VOCAB
 from neva_jax.build.weights import weight_paths
+from neva_jax.checkpoint.base import read_base
 from neva_jax.config import assign, check, from_json
-from neva_jax.convert.adapters import MergedKernels, check_fingerprint
+from neva_jax.convert.adapters import MergedKernels, check_record
 from neva_jax.convert.keymap import some
 from neva_jax.convert.nemo_file import NemoFile
 from neva_jax.convert.source import PARTS
@@ -29,6 +31,7 @@ from neva_jax.errors import UserError
 from neva_jax.fields import ADAPTERS, FOLLOWERS, VISION
 from neva_jax.hub import format_of, load_weights, open_weights, origins, run_of
 from neva_jax.models.multimodal import NevaConfig, neva
+from neva_jax.transforms.fp8 import find_kernels
 from neva_jax.transforms.lora import Lora, adapters_of, is_adapter
 from neva_jax.transforms.select import Weight, describe
 
@@ -87,15 +90,38 @@ class Opened:
         """{path of a kernel: (path of its A, path of its B)}"""
         return adapters_of(self.weights, self.lora)
 
-    def check_base(self) -> None:
-        """UserError where the adapters are there and remember another base than the one that is here."""
-        here = {kernel: pair for kernel, pair in self.adapters.items() if kernel in self.origin and pair[0] in self.origin}
-        kernels = {kernel: self.origin[kernel].lazy(kernel, self.weights[kernel].shape) for kernel in here}
-        for source in {id(source): source for source in (self.origin[pair[0]] for pair in here.values())}.values():
-            check_fingerprint(getattr(source, "recorded_base", None), kernels, str(self.path), "the base that is given")
+    def kernels(self) -> dict[str, object]:
+        """{path: lazy array} of the adapted kernels that are here."""
+        return {path: self.origin[path].lazy(path, self.weights[path].shape) for path in self.adapters if path in self.origin}
 
-    def merged(self, rounded: str | None = None) -> "Opened":
-        """The same model without adapters: their products are in its kernels, read when they are asked for. rounded: see MergedKernels."""
+    @property
+    def record(self) -> dict | None:
+        """What the adapters remember of their base (convert/adapters.py)."""
+        homes = [self.origin[pair[0]] for pair in self.adapters.values() if pair[0] in self.origin]
+        return next(filter(None, (getattr(home, "recorded_base", None) for home in homes)), None)
+
+    @property
+    def float8_of(self) -> str | None:
+        """Where the adapters were trained beside weights in float8: the dtype from which these were rounded."""
+        if self.format != "orbax":
+            return self.record["float8_of"] if self.record else None
+        run = run_of(self.path)
+        saved = from_json(json.loads((run / "config.json").read_text()))
+        quantised = saved.model.fp8 and saved.model.fp8_frozen_weights
+        return COMPUTE[str(saved.trainer.precision)] if quantised else read_base(run).get("float8_of")
+
+    def check_base(self, sources: list) -> None:
+        """UserError where the adapters remember another base than the one that is here, or it has adapters of its own."""
+        home = {id(self.origin[pair[0]]) for pair in self.adapters.values() if pair[0] in self.origin}
+        used = {id(source) for source in self.origin.values()}
+        for source in sources:
+            if id(source) in used - home and any(map(is_adapter, source.shapes)) or not home and any(map(is_adapter, source.shapes)):
+                place = getattr(source, "path", getattr(source, "directory", self.path))
+                raise UserError(f"{place}: holds LoRA adapters of its own; merge them first (--merge_lora)")
+        check_record(self.record, self.kernels(), str(self.path), "the base that is given")
+
+    def merged(self, dequantized: bool = False) -> "Opened":
+        """The same model without adapters: their products are in its kernels, read when they are asked for. dequantized: in kernels as float8 had them."""
         if self.lora is None:
             return self
         weights = {path: weight for path, weight in self.weights.items() if not is_adapter(path)}
@@ -103,11 +129,13 @@ class Opened:
         config.unlock()
         config.model.peft = from_json({}).model.peft
         origin = {path: source for path, source in self.origin.items() if path in weights and path not in self.adapters}
-        kernels = MergedKernels(self.origin, self.adapters, self.lora.scale, shapes, rounded)
+        rounded = find_kernels(weights, PROJECTIONS) if dequantized else ()
+        kernels = MergedKernels(self.origin, self.adapters, self.lora.scale, shapes, rounded, self.float8_of or "float32")
         lacking = [path for kernel, pair in self.adapters.items() for path in (kernel, *pair) if path not in self.origin]
         if lacking:
             self.arrays(("llm",))  # says what is missing
-        origin = dict.fromkeys(self.adapters, kernels) | origin  # first, since other sources have kernels of these names too
+        rest = {path: source for path, source in origin.items() if path not in rounded}
+        origin = dict.fromkeys((*self.adapters, *rounded), kernels) | rest  # in this order, since other sources have kernels of these names too
         return dataclasses.replace(self, config=config, weights=weights, origin=origin, lora=None)
 
     def load(self, targets: dict) -> dict:
@@ -120,7 +148,7 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     path, scratch = Path(path), tempfile.TemporaryDirectory(prefix="neva_jax_tokenizer_")
     kind, fields = format_of(path, field), fields_of(path, field)
     named = {part: fields.pop(name) for part, name in (("llm", LLM_FROM), ("vision_encoder", TOWER_FROM)) if fields.get(name)}
-    bases = [*map(str, bases), *(place for place in named.values() if Path(place).exists() and Path(place) != path)]
+    bases = [*map(str, bases), *(place for place in named.values() if Path(place).exists() and Path(place) != path and not (kind == "peft" and bases))]
     fields = _with_bases(path, kind, fields, bases)
     if kind == "peft" and "model.num_layers" not in fields:
         where = f"; it names {named['llm']!r}, which is not here" if "llm" in named else ""
@@ -154,7 +182,7 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     says = "model.data.conv_template" in fields or template
     known = config.model.data.conv_template if says else None
     found = Opened(path, kind, config, shape, opened_tokenizer, known, weights, origin, named, scratch, lora)
-    found.check_base()
+    found.check_base(sources)
     return found
 
 
@@ -243,10 +271,3 @@ def opened(path, **options):
     with model.scratch:
         yield model
 
-
-def trained_in_float8(model: Opened) -> str | None:
-    """Of a run whose frozen weights stood in float8: the dtype of the computation, from which they were rounded."""
-    if model.format != "orbax":
-        return None
-    saved = from_json(json.loads((run_of(model.path) / "config.json").read_text()))
-    return COMPUTE[str(saved.trainer.precision)] if saved.model.fp8 and saved.model.fp8_frozen_weights else None

@@ -19,6 +19,7 @@ from neva_jax.parallel.devices import PLANNED, Device
 from neva_jax.parallel.mesh import batch_shards
 from neva_jax.training.optimizer import ADAMW, SHARDED_OVER_DATA
 from neva_jax.training.step_time import NODE, Work, between_gemms, step_time
+from neva_jax.transforms.lora import adapters_of
 
 GIB = 2**30
 SECONDS = 86400  # of a day
@@ -38,6 +39,7 @@ def outlook(device: Device, result: Compiled | Estimated) -> dict:
         "flops_per_step": sum(flops.values()) * model.global_batch_size,
         "gemms_per_layer": gemms,
         "gemms_per_layer_needed": step.needed_gemms,
+        "adapter_gemms_per_layer": result.adapter_gemms_per_layer,
         "collectives": result.collectives,
         "has_logits_tensor": result.has_logits_tensor,
         "step_time_s": times["expected"],
@@ -79,10 +81,18 @@ def work_of(step: Step, flops: dict[str, float], gemms: dict[str, float], collec
     weights = (local_bytes(step.frozen) + local_bytes(step.state["params"]) / 2) * shape["fsdp"]  # gathered, then read
     return Work(
         flops=hardware, attention=share * flops["attention"], model_flops=model,
-        between=between_gemms(tokens, llm.num_layers / shape["pipeline"], llm.hidden_size, llm.ffn_hidden_size / shape["tensor"]),
+        between=between_gemms(
+            tokens, llm.num_layers / shape["pipeline"], llm.hidden_size, llm.ffn_hidden_size / shape["tensor"], adapted_width(step) / shape["tensor"]
+        ),
         weights=weights * step.micro_batches * counted / 7, trained=local_bytes(step.state["params"]) / 4, micro_batches=step.micro_batches,
         collectives=[(row["op"], row["axis"], row["num_devices"], row["bytes"]) for row in collectives], bubble=step.bubble,
     )  # fmt: skip
+
+
+def adapted_width(step: Step) -> int:
+    """Widths that adapters read and write of a layer's activations: in + out, summed over the projections that have one."""
+    weights = step.model.weights
+    return sum(sum(weights[kernel].shape[-2:]) for kernel in adapters_of(weights, step.model.lora))
 
 
 # ---- changes -----------------------------------------------------------------------------------------------------------------------------------------

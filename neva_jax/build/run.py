@@ -141,7 +141,7 @@ def abstract_state(config: ConfigDict, model: Model, optimizer, mesh: Mesh) -> d
 def first_state(model: Model, optimizer):
     """-> function of the trainable weights: the state of training/step.py before the first step."""
     fp8 = {"recipe": model.fp8.recipe, "scales": model.fp8.scales} if model.fp8 else {}
-    return functools.partial(init_state, optimizer=optimizer, drops=model.dropout is not None, **fp8)
+    return functools.partial(init_state, optimizer=optimizer, draws=model.lora is not None, **fp8)
 
 
 def build_step(config: ConfigDict, model: Model, optimizer, mesh: Mesh):

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from neva_jax.build.architecture import fields_of
 from neva_jax.build.lora import check_same
-from neva_jax.convert.adapters import check_fingerprint, fingerprint
+from neva_jax.convert.adapters import base_record, check_record
+from neva_jax.convert.keymap import some
 from neva_jax.errors import UserError
 from neva_jax.hub import is_run, load_weights, open_base, open_weights, origins, run_of
 from neva_jax.transforms.lora import adapters_of, is_adapter
@@ -41,8 +42,10 @@ def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
 
     Of frozen weights that FP8 stores quantised, only those of a published source already are: the run has the others to copy first.
     """
-    adapters = open_adapters(config, model)
-    sources = adapters + [s for field, path, parts in weight_paths(config) for s in open_weights(path, model.config, field, parts, lora=model.lora)]
+    given, adapters = weight_paths(config), open_adapters(config, model)
+    if model.lora:
+        _check_same(config, model, given)
+    sources = adapters + [s for field, path, parts in given for s in open_weights(path, model.config, field, parts, lora=model.lora)]
     targets = {path: model.loaded(path) for path in model.weights}
     _check_adapters(config, model, adapters, sources)
     published = {path for path, source in origins(targets, sources).items() if source.published is not None}
@@ -72,12 +75,29 @@ def open_adapters(config: ConfigDict, model) -> list:
     if model.lora is None or path is None:
         return []
     _expect(field, path)
-    check_same(config, fields_of(path, field), model.lora, model.weights, f"{field}: {path}")
+    fields = fields_of(path, field)
+    if not fields.get("model.peft.peft_scheme"):
+        raise UserError(f"{field}: {path} holds no LoRA adapters; give a run that has them, a directory of peft or a .nemo of adapters")
+    check_same(config, fields, model.lora, model.weights, f"{field}: {path}")
     parts = ("llm", "projector")
     found = open_weights(path, model.config, field, parts, lora=model.lora)[:1]  # of a run its checkpoint, not what it stands on
     for source in found:
         source.shapes = {path: shape for path, shape in source.shapes.items() if is_adapter(path) or path.startswith("projector/")}
+        if other := [path for path in source.shapes if path.startswith("projector/") and path not in model.weights]:
+            kind = model.config.projector
+            raise UserError(f"{field}: {path} holds another projector than model.mm_cfg.mm_mlp_adapter_type {kind} ({some(other, 2)}); set that to what it is")
     return found
+
+
+def _check_same(config: ConfigDict, model, given: list) -> None:
+    """Adapters that come with other weights are taken over as well, and have to be those that are asked for."""
+    for field, path, parts in given:
+        fields = fields_of(path, field) if "llm" in parts else {}
+        if not fields.get("model.peft.peft_scheme"):
+            continue
+        if config.model.peft.restore_from_path is not None:
+            raise UserError(f"{field}: {path} holds LoRA adapters too; merge them into their base first, or leave model.peft.restore_from_path out")
+        check_same(config, fields, model.lora, model.weights, f"{field}: {path}")
 
 
 def _check_adapters(config: ConfigDict, model, adapters: list, sources: list) -> None:
@@ -97,7 +117,8 @@ def _check_adapters(config: ConfigDict, model, adapters: list, sources: list) ->
     kernels = {kernel: origin[kernel].lazy(kernel, model.weights[kernel].shape) for kernel in pairs if kernel in origin}
     recorded = getattr(adapters[0], "recorded_base", None)
     if is_run(run_of(Path(path))):
-        base = open_base(run_of(Path(path)), model.config)
-        theirs = origins(kernels, base)
-        recorded = fingerprint({kernel: source.lazy(kernel, model.weights[kernel].shape) for kernel, source in theirs.items()})
-    check_fingerprint(recorded, kernels, f"{field}: {path}", "the base of this run")
+        theirs = origins(kernels, open_base(run_of(Path(path)), model.config))
+        recorded = base_record({kernel: source.lazy(kernel, model.weights[kernel].shape) for kernel, source in theirs.items()}, None)
+    if recorded and recorded["kernels"] and not kernels:
+        raise UserError(f"{field}: {path}: was trained beside weights, and those of this run start random; give them by restore_from_path")
+    check_record(recorded, kernels, f"{field}: {path}", "the base of this run")

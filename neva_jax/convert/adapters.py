@@ -13,7 +13,8 @@ from neva_jax.errors import UserError
 from neva_jax.parallel.sharding import place
 from neva_jax.transforms.fp8 import quantise
 
-SAMPLE = 16  # numbers of a kernel that an adapter remembers
+SAMPLE = 16  # numbers of a kernel that an adapter remembers, half of them of its last layer
+CLOSE = 0.005  # of a number: the rounding of two 16-bit formats
 
 
 class Merged:
@@ -51,28 +52,32 @@ class Rounded:
             return self._layer(index)
         return np.stack([self._layer(layer)[index[1:]] for layer in range(*index[0].indices(self.shape[0]))])
 
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[(slice(None),) * 3].astype(dtype or self.dtype)
+
 
 class MergedKernels:
-    """A source (see hub.py) of merged kernels: those of other sources with the adapters' products added.
+    """A source (see hub.py) of kernels of other sources with the adapters' products added.
 
     origin: {path of a weight: its source}, of kernels and adapters. adapters: {path of a kernel: (path of its A, path of its B)}. shapes: of all weights.
-    rounded: None, or the dtype of the computation beside which kernels were stored in float8, to merge into these.
+    rounded: paths of kernels that stood in float8 in training, to take as they stood there; dtype: of that computation.
     """
 
     published = None
 
-    def __init__(self, origin: dict, adapters: dict[str, tuple[str, str]], scale: float, shapes: dict, rounded: str | None = None):
-        self.origin, self.adapters, self.scale, self.all_shapes, self.rounded = origin, adapters, scale, shapes, rounded
-        self.shapes = {path: shapes[path] for path in adapters}
+    def __init__(self, origin: dict, adapters: dict[str, tuple[str, str]], scale: float, shapes: dict, rounded: tuple[str, ...] = (), dtype: str = "float32"):
+        self.origin, self.adapters, self.scale, self.all_shapes, self.rounded, self.dtype = origin, adapters, scale, shapes, rounded, dtype
+        self.shapes = {path: shapes[path] for path in (*adapters, *rounded)}
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        wanted = {path for kernel in shapes for path in (kernel, *self.adapters[kernel])}
+        wanted = {path for kernel in shapes for path in (kernel, *self.adapters.get(kernel, ()))}
         for source in {id(self.origin[path]): self.origin[path] for path in wanted}.values():
             source.check({path: self.all_shapes[path] for path in wanted if self.origin[path] is source})
 
-    def lazy(self, path: str, shape: tuple[int, ...]) -> Merged:
-        kernel, lora_A, lora_B = (self.origin[p].lazy(p, self.all_shapes[p]) for p in (path, *self.adapters[path]))
-        return Merged(Rounded(kernel, self.rounded) if self.rounded else kernel, lora_A, lora_B, self.scale)
+    def lazy(self, path: str, shape: tuple[int, ...]) -> Merged | Rounded:
+        kernel, *factors = (self.origin[p].lazy(p, self.all_shapes[p]) for p in (path, *self.adapters.get(path, ())))
+        kernel = Rounded(kernel, self.dtype) if path in self.rounded else kernel
+        return Merged(kernel, *factors, self.scale) if factors else kernel
 
     def load(self, targets: dict) -> dict:
         return {path: place(self.lazy(path, target.shape), target) for path, target in targets.items()}
@@ -82,24 +87,46 @@ class MergedKernels:
 
 
 def fingerprint(kernels: dict) -> dict[str, dict]:
-    """{path: {"shape", "sample"}} of lazy kernels: the first numbers of the first layer and of the last, enough to tell two models apart, and so few that
-    they can be compared within the rounding of a 16-bit format."""
+    """{path: {"shape", "sample"}} of lazy kernels: a few numbers from all over the first layer and the last, which tell two models apart and can be compared
+    within the rounding of a 16-bit format."""
     found = {}
     for path, kernel in sorted(kernels.items()):
-        rows = [np.asarray(kernel[layer]).astype(np.float32)[0, : SAMPLE // 2] for layer in (0, kernel.shape[0] - 1)]
-        found[path] = {"shape": list(kernel.shape), "sample": [round(float(number), 8) for number in np.concatenate(rows)]}
+        layers = [np.asarray(kernel[layer]).astype(np.float32).reshape(-1) for layer in (0, kernel.shape[0] - 1)]
+        numbers = np.concatenate([layer[np.linspace(0, layer.size - 1, SAMPLE // 2, dtype=np.int64)] for layer in layers])
+        found[path] = {"shape": list(kernel.shape), "sample": [round(float(number), 8) for number in numbers]}
     return found
 
 
-def check_fingerprint(recorded: dict[str, dict] | None, kernels: dict, adapter: str, base: str) -> None:
-    """recorded: what `fingerprint` gave where the adapter was written; None: it says nothing. Raises UserError where the base is another."""
-    for path, theirs in sorted((recorded or {}).items()):
+def base_record(kernels: dict, float8_of: str | None) -> dict:
+    """What an adapter remembers of its base. kernels: of `fingerprint`; float8_of: None, or the dtype from which frozen kernels were rounded to float8 beside
+    which it was trained."""
+    return {"kernels": fingerprint(kernels), "float8_of": float8_of}
+
+
+def read_record(found, where: str) -> dict | None:
+    """A record from a file, which anybody may have written. None: there is none."""
+    if found is None:
+        return None
+    try:
+        for entry in found["kernels"].values():
+            if len(entry["sample"]) != SAMPLE or not all(isinstance(n, int | float) for n in [*entry["sample"], *entry["shape"]]):
+                raise ValueError("a sample of another kind")
+        if found["float8_of"] not in (None, "float32", "bfloat16"):
+            raise ValueError(f"float8_of {found['float8_of']!r}")
+        return {"kernels": dict(found["kernels"]), "float8_of": found["float8_of"]}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: what it says of its base cannot be read ({type(error).__name__}: {error}); copy it again") from None
+
+
+def check_record(record: dict | None, kernels: dict, adapter: str, base: str) -> None:
+    """kernels: the lazy ones of the base that is here. Raises UserError where the adapter remembers another; one that remembers nothing is taken."""
+    for path, theirs in sorted((record or {"kernels": {}})["kernels"].items()):
         if path not in kernels:
             continue
         ours = fingerprint({path: kernels[path]})[path]
         if ours["shape"] != theirs["shape"]:
             raise UserError(f"{adapter}: was trained for another base: its {path} has the shape {theirs['shape']}, that of {base} {ours['shape']}")
-        if not np.allclose(ours["sample"], theirs["sample"], rtol=0.01, atol=1e-5):
+        if not np.allclose(ours["sample"], theirs["sample"], rtol=CLOSE, atol=1e-6):
             raise UserError(
                 f"{adapter}: was trained for another base: the checksum of {path} was {checksum(theirs)}, that of {base} is {checksum(ours)} (shape "
                 f"{ours['shape']}; it begins with {ours['sample'][0]:.4g} instead of {theirs['sample'][0]:.4g}); give the weights it was trained beside"

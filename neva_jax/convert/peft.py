@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from neva_jax.convert import hf, weights
+from neva_jax.convert.adapters import read_record
 from neva_jax.convert.keymap import TRANSPOSE, KeyMap, Rule, some
 from neva_jax.convert.weights import all_finite
 from neva_jax.errors import UserError
@@ -22,14 +23,15 @@ from neva_jax.transforms.lora import Lora, adapters_of
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there counts
 BESIDE = "non_lora_trainables.bin"  # LLaVA's: the projector
-OURS = "neva_jax"  # in the file's metadata: the base's fingerprint
+OURS = "neva_jax"  # in the file's metadata: what the adapter remembers of its base
 FACTOR = re.compile(r"^llm\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.lora_([AB])\.weight$")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PLAIN = {  # what adapter_config.json must say, or leave out
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "fan_in_fan_out": (False,),
     "lora_bias": (False,), "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []), "megatron_config": (None,),
-    "use_qalora": (False,), "alora_invocation_tokens": (None,),
+    "alora_invocation_tokens": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base as well
 }  # fmt: skip
+TAKEN = ("use_rslora",)  # of fields use_...; any other that is set is a kind of its own
 NAMES = (  # the module tree of transformers since 4.52, which peft's names follow: a LLaVA's, a language model's alone
     (("llm.", "base_model.model.model.language_model."), ("projector.", "base_model.model.model.multi_modal_projector.")),
     (("llm.", "base_model.model.model."),),
@@ -47,10 +49,13 @@ def read_config(directory: Path) -> dict:
     path = directory / CONFIG
     try:
         config = json.loads(path.read_text())
-        int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rank, alpha = config["r"], config["lora_alpha"]
+        if not (isinstance(rank, int) and 0 < rank < 2**20 and isinstance(alpha, int | float) and 0 < alpha < 2**20):
+            raise ValueError(f"r {rank!r}, lora_alpha {alpha!r}")
+        used = {name: (False, None) for name in config if name.startswith("use_") and name not in TAKEN}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not the configuration of a LoRA adapter ({type(error).__name__}: {error}); copy it again") from None
-    if odd := [f"{name} {config[name]!r} (expected {known[0]!r})" for name, known in PLAIN.items() if config.get(name, known[0]) not in known]:
+    if odd := [f"{name} {config[name]!r} (expected {known[0]!r})" for name, known in (used | PLAIN).items() if config.get(name, known[0]) not in known]:
         raise UserError(f"{path}: {'; '.join(odd)}; this version reads plain LoRA: merge the adapter with peft (merge_and_unload), and bring the whole model")
     return config
 
@@ -70,7 +75,12 @@ def open_tensors(directory: Path) -> dict:
     tensors, tower = {}, {}
     for name, tensor in found.items():
         known = hf.canonical(re.sub(r"^(?:base_model\.model\.)+", "", name).replace(".default.weight", ".weight").replace("modules_to_save.", "")) or name
-        (tower if known.startswith("vision_encoder.") else tensors)[known] = tensor
+        group = tower if known.startswith("vision_encoder.") else tensors
+        if known in group:
+            raise UserError(f"{directory}: {group[known].name} and {name} are two spellings of one weight; remove the stale one")
+        group[known] = tensor
+    if whole := [name for name in tensors if name.startswith("llm.") and "lora_" not in name]:
+        raise UserError(f"{directory}: has whole weights of the language model saved along ({some(sorted(whole))}); merge the adapter with peft")
     moved = [name for name, tensor in tower.items() if "lora_B" in name and np.any(np.asarray(tensor.read()))]
     if moved or any("lora_" not in name for name in tower):
         raise UserError(f"{directory}: adapts the vision tower ({some(sorted(moved or tower))}), which this version does not; merge the adapter with peft")
@@ -83,28 +93,33 @@ def adapter_fields(directory: Path) -> dict[str, object]:
     layers: dict[str, set[int]] = {}
     for match in filter(None, map(FACTOR.match, tensors)):
         layers.setdefault(match[2], set()).add(int(match[1]))
-    if unknown := sorted(layers.keys() - set(PROJECTIONS)) or (not layers and [some(sorted(tensors))]):
-        raise UserError(f"{directory}: adapters of {', '.join(unknown)}; this version knows those of {', '.join(PROJECTIONS)}, of a language model's layers")
+    if unknown := sorted(layers.keys() - set(PROJECTIONS)):
+        raise UserError(f"{directory}: adapters of {', '.join(unknown)}; this version knows those of {', '.join(PROJECTIONS)}")
+    if not layers:
+        raise UserError(f"{directory}: no adapters of a language model's layers in {weights_file(directory).name}; found {some(sorted(tensors)) or 'nothing'}")
     if len({frozenset(numbers) for numbers in layers.values()}) > 1:
         raise UserError(f"{directory}: its adapters of {' and '.join(layers)} stand in different layers; merge them with peft (merge_and_unload)")
-    numbers = sorted(next(iter(layers.values())))
+    numbers = tuple(sorted(number + 1 for number in next(iter(layers.values()))))
     alpha = float(config["lora_alpha"]) * (config["r"] ** 0.5 if config.get("use_rslora") else 1)  # rank-stabilised: alpha / sqrt(r)
-    every = numbers == list(range(len(numbers)))
     tuning = {
         "adapter_dim": int(config["r"]), "alpha": alpha, "variant": "canonical", "target_modules": tuple(name for name in PROJECTIONS if name in layers),
-        "layer_selection": None if every else tuple(number + 1 for number in numbers),
+        "layer_selection": numbers,
     }  # fmt: skip
     return {"model.peft.peft_scheme": "lora"} | {f"model.peft.lora_tuning.{name}": value for name, value in tuning.items()}
 
 
 def recorded_base(directory: Path) -> dict | None:
-    """The fingerprint of the base that an adapter of ours was trained beside."""
+    """What an adapter of ours remembers of its base (convert/adapters.py)."""
     file = weights_file(directory)
     if file.suffix != ".safetensors":
         return None
     with safe_open(file, framework="np") as opened:
-        found = (opened.metadata() or {}).get(OURS)
-    return json.loads(found)["base"] if found else None
+        text = (opened.metadata() or {}).get(OURS)
+    try:
+        found = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        found = text  # which is no record
+    return read_record(found, str(file))
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------------------------------------------
@@ -125,9 +140,9 @@ def key_map(model_config, lora: Lora, names=()) -> KeyMap:
 # ---- writing -----------------------------------------------------------------------------------------------------------------------------------------
 
 
-def write_peft(output: Path, keys: KeyMap, arrays: dict, lora: Lora, *, base: str | None, base_record: dict, alone: bool, dropout: float = 0.0) -> int:
-    """output: a directory that does not exist. keys: of `key_map`, of unshared adapters; arrays: {path: array}. base: what adapter_config.json names.
-    alone: of a language model by itself. -> how many tensors."""
+def write_peft(output: Path, keys: KeyMap, arrays: dict, lora: Lora, *, base: str | None, record: dict, alone: bool, dropout: float = 0.0) -> int:
+    """output: a directory that does not exist. keys: of `key_map`, of unshared adapters; arrays: {path: array}. base: what adapter_config.json names;
+    record: what the adapter remembers of it. alone: of a language model by itself. -> how many tensors."""
     tensors = {spelt(name, alone): np.ascontiguousarray(tensor) for name, tensor in keys.parts(arrays)}
     if odd := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
         raise UserError(f"{odd[0]} holds values that are no finite numbers; take a checkpoint from before it went wrong")
@@ -141,10 +156,11 @@ def write_peft(output: Path, keys: KeyMap, arrays: dict, lora: Lora, *, base: st
         "layers_to_transform": list(lora.layers) if alone and lora.layers else None, "layers_pattern": "layers" if alone and lora.layers else None,
     }  # fmt: skip
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
             made = Path(work) / "made"
             made.mkdir()
-            (made / FILES[0]).write_bytes(save(tensors, metadata={"format": "pt", OURS: json.dumps({"base": base_record})}))
+            (made / FILES[0]).write_bytes(save(tensors, metadata={"format": "pt", OURS: json.dumps(record)}))
             (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             made.rename(output)
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from neva_jax.convert import hf, nemo, peft
+from neva_jax.convert.adapters import read_record
 from neva_jax.convert.hf_write import TABLES
 from neva_jax.convert.keymap import KeyMap, LazyArray, some
 from neva_jax.convert.nemo_file import NemoFile
@@ -99,9 +100,9 @@ def nemo_file(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, lo
 
 
 def nemo_base(file: NemoFile) -> dict | None:
-    """The fingerprint of the base that an adapter of ours was trained beside."""
+    """What an adapter of ours remembers of its base (convert/adapters.py)."""
     ours = file.config.get(peft.OURS)
-    return ours.get("base") if isinstance(ours, dict) else None
+    return read_record(ours.get("base"), str(file.path)) if isinstance(ours, dict) else None
 
 
 def peft_adapter(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, lora: Lora | None = None) -> Source:

@@ -50,6 +50,8 @@ def _print_work(found: dict) -> None:
     kinds = ", ".join(f"{count:g} {precision}" for precision, count in counts.items() if count)
     again = sum(counts.values()) - needed
     print(f"layer         {kinds} GEMMs; {needed} are needed" + (f", {again:g} are computed again to save memory" if again > 0 else ", none is computed twice"))
+    if found["adapter_gemms_per_layer"]:
+        print(f"adapters      {found['adapter_gemms_per_layer']:g} small GEMMs a layer, to and from the rank, in the compute dtype")
     if found["has_logits_tensor"]:
         print("logits        a tensor of rows x T x vocabulary exists: memory that chunks would save")
     for row in found["collectives"]:

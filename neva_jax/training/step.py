@@ -1,7 +1,7 @@
 """One step: loss and gradients of what trains, accumulated over micro-batches by a scan, one update. The heart of the house.
 
 state: {"params": {path: float32}, "opt_state": optax's, "skipped": int32, updates skipped in a row, "scales" and "amax_histories": of delayed FP8 scaling,
-and, where something is dropped, "draws": int32, steps begun};
+and, of a model with adapters, "draws": int32, steps begun, by which it drops};
 frozen: {path: array}, only read. A gradient that is not finite leaves all but `skipped` and `draws` as it was, bit for bit.
 """
 
@@ -22,12 +22,12 @@ ONE_STAGE = Pipeline()
 
 
 def init_state(
-    params: dict, optimizer: optax.GradientTransformation, *, recipe: Recipe | None = None, scales: dict | None = None, drops: bool = False
+    params: dict, optimizer: optax.GradientTransformation, *, recipe: Recipe | None = None, scales: dict | None = None, draws: bool = False
 ) -> dict:
-    """recipe: of FP8; scales: {path: anything with the shape of a delayed scale}. drops: whether the step has a `drop`."""
+    """recipe: of FP8; scales: {path: anything with the shape of a delayed scale}. draws: whether to count steps."""
     scales = {path: jnp.ones(scale.shape, jnp.float32) for path, scale in (scales or {}).items()}
     fp8 = {"scales": scales, "amax_histories": init_histories(recipe, scales)}
-    return {"params": params, **fp8, "opt_state": optimizer.init(params), "skipped": jnp.int32(0)} | ({"draws": jnp.int32(0)} if drops else {})
+    return {"params": params, **fp8, "opt_state": optimizer.init(params), "skipped": jnp.int32(0)} | ({"draws": jnp.int32(0)} if draws else {})
 
 
 def micro_loss(graphdef, params, frozen, micro, weights, num_shards: int = 1):
@@ -79,7 +79,7 @@ def make_train_step(
         new_params = jax.tree.map(lambda p, u: p + lr * u, params, updates)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         skipped = jnp.where(finite, 0, state["skipped"] + 1)
-        draws = {"draws": state["draws"] + 1} if drop else {}
+        draws = {"draws": state["draws"] + 1} if "draws" in state else {}
         state = {"params": keep(new_params, params), "opt_state": keep(new_opt_state, opt_state), "skipped": skipped, **draws}
         state["scales"], state["amax_histories"] = keep(advance(recipe, scales, histories, amaxes), (scales, histories))
         metrics = {"reduced_train_loss": loss, "grad_norm": norm, "skipped_in_a_row": skipped, "stop": jnp.max(stop), **count(batch)}

@@ -2,7 +2,7 @@
 
     expected = stages' bubble x (max(compute, hidden communication) + exposed communication) + update
     compute  = GEMMs: the larger of FLOPs / (GEMM share x peak) and weights read / (MEMORY share x bandwidth), + attention FLOPs / (ATTENTION share x peak)
-               + what lies between the GEMMs: 2 bytes x tokens x layers x (40 D + 14 F) / (MEMORY share x bandwidth)
+               + what lies between the GEMMs: 2 bytes x tokens x layers x (40 D + 14 F + 5 W) / (MEMORY share x bandwidth); W: in + out of adapted projections
     communication of an axis = bytes that one GPU sends / (LINK share x link); tensor and pipeline are exposed, data and fsdp hide behind the compute;
                the link is that between machines where an axis and those inside it (the mesh's last lie closest) have more than NODE devices
     update   = (28 + 12 x micro-batches) bytes for each trained weight of this GPU / (MEMORY share x bandwidth)
@@ -39,9 +39,10 @@ class Work(NamedTuple):
     bubble: float = 0.0
 
 
-def between_gemms(tokens: float, layers: float, hidden: int, ffn: float) -> float:
-    """Bytes that norms, rotations, residuals and activation functions read and write, forward and backward. ffn: of this GPU."""
-    return 2 * tokens * layers * (40 * hidden + 14 * ffn)
+def between_gemms(tokens: float, layers: float, hidden: int, ffn: float, adapted: float = 0) -> float:
+    """Bytes that norms, rotations, residuals and activation functions read and write, forward and backward, and adapters, whose small GEMMs are all reading
+    and writing. ffn: of this GPU; adapted: widths in + out of what has an adapter."""
+    return 2 * tokens * layers * (40 * hidden + 14 * ffn + 5 * adapted)
 
 
 def peaks(device: Device) -> dict[str, float]:

@@ -103,11 +103,6 @@ def apply_lora(model: nnx.Module, lora: Lora, rngs: nnx.Rngs) -> nnx.Module:
     for path, owner in owners.items():
         linear = linears[path]
         (*stack, in_dim, out_dim), (in_axis, out_axis) = linear.kernel.shape, linear.kernel.get_metadata("axes")
-        if lora.rank > min(in_dim, out_dim):
-            raise UserError(
-                f"{path} is a matrix of {in_dim} x {out_dim}, of no higher rank than {min(in_dim, out_dim)}, and its adapter would have rank {lora.rank}; set "
-                f"model.peft.lora_tuning.adapter_dim to at most {min(in_dim, out_dim)}, or leave {path.rpartition('/')[2]} out of target_modules"
-            )
         width = sum(linears[other].kernel.shape[-1] for other in owners if owners[other] == owner)  # of all that share the A, as xavier counts them
         new = functools.partial(_new, layers=lora.layers, rngs=rngs)
         key = DropoutKey(jax.random.split(jax.random.key(0), stack)) if lora.dropout else None

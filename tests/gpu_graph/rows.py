@@ -25,11 +25,10 @@ MESHES = {
     "FSDP 4 x TP 2": {"trainer.devices": 8, "model.fsdp_parallel_size": 4, "model.tensor_model_parallel_size": 2},
     "PP 2": {"trainer.devices": 2, "model.pipeline_model_parallel_size": 2},
 }
-NORMS = ((r"^projector/", 1.0, None), (r"^llm/layers/\w+norm/", 1.0, None))
-STAGES = {  # {name: (config, changes)}; adapters are stood for by norms: small weights that train in every layer, beside GEMMs that do not
+STAGES = {  # {name: (config, changes)}
     "pretrain": ("configs/pretrain.py", {}),
     "finetune": ("configs/finetune.py", {}),
-    "adapters": ("configs/pretrain.py", {"model.trainable": NORMS}),
+    "peft": ("configs/peft.py", {}),
 }
 PRECISIONS = ("bf16", "fp8")
 SHARDS = {"DP 8": 8, "FSDP 8": 8, "FSDP 4 x TP 2": 4}  # that the rows of a batch are split into
@@ -37,11 +36,13 @@ ROWS = [(stage, precision, mesh) for stage in STAGES for precision in PRECISIONS
 SMALL = {"model.num_layers": LAYERS, "model.mm_cfg.vision_encoder.num_layers": 3, "model.micro_batch_size": MICRO_BATCH}
 
 FULL = {"model.activations_checkpoint_granularity": "full", "model.activations_checkpoint_method": "uniform"}
+ONE_CARD = {"model.micro_batch_size": 1} | FULL
 BLOCK = {"model.activations_checkpoint_granularity": "full", "model.activations_checkpoint_method": "block", "model.activations_checkpoint_num_layers": 11}
 FP8 = {"model.fp8": True}
 FSDP_8 = MESHES["FSDP 8"] | {"model.micro_batch_size": 4, "model.global_batch_size": 128}
 TP_2 = MESHES["TP 2"] | {"model.micro_batch_size": 4, "model.global_batch_size": 32}  # as NeVA's own table, which ran out of 80 GB at 32 layers
 ONCE, BF16_SUMS = {"model.global_batch_size": 4}, {"model.optim.grad_accum_dtype": "bf16"}
+LLAVAS = {"model.peft.lora_tuning.adapter_dim": 128, "model.peft.lora_tuning.target_modules": "all", "model.peft.lora_tuning.variant": "canonical"}
 PRETRAIN = {"model.micro_batch_size": 32, "model.global_batch_size": 256}
 WHOLE = {  # name: (config, T, K, changes, device, GiB that it must stay below)
     "7B pretrain, micro-batch 32, T 320": ("configs/pretrain.py", 320, 64, PRETRAIN, "h100-80g", 42),
@@ -55,6 +56,13 @@ WHOLE = {  # name: (config, T, K, changes, device, GiB that it must stay below)
     "7B finetune, TP 2, T 2048, recomputed, one micro-batch": ("configs/finetune.py", 2048, 2048, TP_2 | FULL | ONCE, "h100-80g", 55),
     "7B finetune, TP 2, T 4096, recomputed": ("configs/finetune.py", 4096, 4096, TP_2 | FULL, "h100-80g", 72),
     "7B finetune, FSDP 8, T 2048, accumulation of 4, recomputed": ("configs/finetune.py", 2048, 2048, FSDP_8 | FULL, "h100-80g", 26),
+    "7B LoRA, micro-batch 1, T 2048, FP8, recomputed, RTX 4090": ("configs/peft.py", 2048, 2048, ONE_CARD | {"model.fp8": True}, "rtx4090", 9),
+    "7B LoRA, micro-batch 1, T 2048, recomputed, RTX 4090": ("configs/peft.py", 2048, 2048, ONE_CARD, "rtx4090", 0.93 * 23.6),
+    "7B LoRA at all projections, rank 128, micro-batch 4, T 2048": ("configs/peft.py", 2048, 2048, LLAVAS, "h100-80g", 0.93 * 79.1),
+    "13B LoRA, micro-batch 1, T 2048, FP8, recomputed, RTX 4090": (
+        "configs/peft.py:llama2_13b", 2048, 2048, ONE_CARD | {"model.fp8": True}, "rtx4090", 0.93 * 23.6,
+    ),
+    "13B LoRA, micro-batch 4, T 2048, recomputed": ("configs/peft.py:llama2_13b", 2048, 2048, FULL, "h100-80g", 32),
 } | {
     f"{layers} layers finetune, TP 2, T {tokens}{how}": ("configs/finetune.py", tokens, tokens, TP_2 | changes | {"model.num_layers": layers}, "h100-80g", 68)
     for layers in (16, 20, 24, 30, 32) for tokens in (1024, 2048) for how, changes in {"": {}, ", recomputed": FULL}.items()

@@ -16,7 +16,7 @@ from neva_jax.parallel import hlo
 
 pytestmark = pytest.mark.gpu_graph
 
-NEEDED = {"pretrain": 14, "finetune": 21, "adapters": 14}  # GEMMs of a layer: seven forward, seven for activations' gradients, seven for weights that train
+NEEDED = {"pretrain": 14, "finetune": 21, "peft": 14}  # GEMMs of a layer: seven forward, seven for activations' gradients, seven for weights that train
 AGAIN = {"PP 2": 6}  # a stage is computed again whole, but for its last product
 LAYER = 4 * 4096**2 + 3 * 4096 * 11008  # weights of a layer's GEMMs
 RESIDUAL = MICRO_BATCH * TOKENS * 4096 * 2  # bytes of the residual stream of a micro-batch

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from neva_jax.build.lora import targets_of
+from configs import quickstart
+from neva_jax.build.lora import check_targets, targets_of
 from neva_jax.errors import UserError
 from neva_jax.fields import INITS, LORA_TARGETS
 from neva_jax.layers.linear import Linear
@@ -144,7 +145,7 @@ def test_what_is_refused():
     with pytest.raises(UserError, match=r"the pattern 'self_attn/qkv_proj' finds no Linear of the model; near misses: .*llm/layers/self_attn/"):
         make(Lora(4, 8.0, (Target("self_attn/qkv_proj"),)))
     with pytest.raises(UserError, match=r"k_proj is a matrix of 32 x 16.*would have rank 17; set .*adapter_dim to at most 16, or leave k_proj"):
-        make(dataclasses.replace(ALL, rank=17))
+        check_targets(quickstart.get_config("peft"), dataclasses.replace(ALL, rank=17), describe(base)[1])
 
 
 # ---- dropout -----------------------------------------------------------------------------------------------------------------------------------------
