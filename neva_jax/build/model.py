@@ -227,7 +227,8 @@ def build_model(config: ConfigDict, neva_config: NevaConfig, mesh: Mesh) -> Mode
 
     graphdef, weights = describe(make)
     replicated_heads = {"kv_heads": None} if neva_config.llm.num_query_groups % mesh.shape["tensor"] else {}
-    changes = {"vision_encoder": WHOLE, "llm": replicated_heads}
+    replicated_rank = {"rank": None} if lora and lora.rank % mesh.shape["tensor"] else {}
+    changes = {"vision_encoder": WHOLE, "llm": replicated_heads | replicated_rank}
     shardings = {path: weight_sharding(path, weight.shape, weight.axes, mesh, changes.get(path.split("/")[0])) for path, weight in weights.items()}
     fp8 = build_fp8.build_fp8(config, make, weights, rows, mesh)
     if fp8:

@@ -24,6 +24,7 @@ LOGICAL_AXIS_RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "rank": "tensor",  # of adapters, where the other side does not take the axis
     # activations
     "batch": ("data", "fsdp", "pipeline"),  # rows outside of a pipelined stack; inside, a stage has all rows of its micro-batch
     "length": None,

@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021): Linears that a path pattern finds also give (x A) B * alpha / rank, and A and B train in their stead.
 
 `q_proj/kernel` stays what and where it was; beside it stand `q_proj/lora_A` [in, rank] and `q_proj/lora_B` [rank, out], stacked over layers like it and sharded
-as its two sides are. Their products are in the dtype of x, also beside a kernel in float8. Projections that share an input may share one A (NeMo's fused
+as its two sides are (beside columns that tensor parallel devices share, lora_A's columns are shared too: what its gradient gives to x is then a sum over
+devices like the base's, and is reduced with it). Their products are in the dtype of x, also beside a kernel in float8. Projections that share an input may share one A (NeMo's fused
 adapters of q, k, v and of gate, up): it lies with the first of them by name. Layers that have no adapter have zeros in A and in B, from where no gradient leads
 away.
 """
@@ -107,7 +108,7 @@ def apply_lora(model: nnx.Module, lora: Lora, rngs: nnx.Rngs) -> nnx.Module:
         new = functools.partial(_new, layers=lora.layers, rngs=rngs)
         key = DropoutKey(jax.random.split(jax.random.key(0), stack)) if lora.dropout else None
         if owner not in shared:
-            shared[owner] = new(lora.init_A, (*stack, in_dim, lora.rank), axes=(in_axis, None)), key
+            shared[owner] = new(lora.init_A, (*stack, in_dim, lora.rank), axes=(in_axis, "rank")), key
         lora_A, first_key = shared[owner]
         lora_B = new(lora.init_B, (*stack, lora.rank, width), axes=(None, out_axis), columns=out_dim)
         adapted = ADAPTED[type(linear)](linear, lora, lora_A, lora_B, first_key if lora.dropout_position == "pre" else key)

@@ -56,5 +56,5 @@ def test_same_numbers(tmp_path, alone, variant, name):
 def test_they_lie_as_their_base_lies(tmp_path):
     step = make_step(tmp_path, **LORA, **mesh(8, fsdp_parallel_size=2, tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
     specs = {path.removeprefix("llm/layers/"): tuple(sharding.spec) for path, sharding in step.model.shardings.items() if is_adapter(path)}
-    assert specs["self_attn/k_proj/lora_A"] == ("pipeline", "fsdp", None) and specs["self_attn/q_proj/lora_B"] == ("pipeline", None, "tensor")
+    assert specs["self_attn/k_proj/lora_A"] == ("pipeline", "fsdp", "tensor") and specs["self_attn/q_proj/lora_B"] == ("pipeline", None, "tensor")
     assert specs["mlp/down_proj/lora_A"] == ("pipeline", "tensor", None) and specs["mlp/down_proj/lora_B"] == ("pipeline", None, "fsdp")

@@ -63,8 +63,8 @@ def test_the_base_is_what_and_where_it_was():
         "self_attn/o_proj/lora_B", "mlp/gate_proj/lora_A", "mlp/gate_proj/lora_B", "mlp/up_proj/lora_B", "mlp/down_proj/lora_A", "mlp/down_proj/lora_B",
     )}  # fmt: skip
     axes = {path.removeprefix("llm/layers/self_attn/"): weight.axes for path, weight in describe(lambda: make(ALL))[1].items()}
-    assert axes["o_proj/lora_A"] == ("layers", "heads", None) and axes["o_proj/lora_B"] == ("layers", None, "embed")
-    assert axes["k_proj/lora_A"] == ("layers", "embed", None) and axes["k_proj/lora_B"] == ("layers", None, "kv_heads")
+    assert axes["o_proj/lora_A"] == ("layers", "heads", "rank") and axes["o_proj/lora_B"] == ("layers", None, "embed")
+    assert axes["k_proj/lora_A"] == ("layers", "embed", "rank") and axes["k_proj/lora_B"] == ("layers", None, "kv_heads")
 
 
 def test_born_as_the_identity():
