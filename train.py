@@ -18,6 +18,7 @@ from neva_jax.build import model as build_model
 from neva_jax.build import run as build_run
 from neva_jax.build.export import save_processor
 from neva_jax.build.score import build_score
+from neva_jax.build.trained import describe_parts
 from neva_jax.build.weights import start_weights
 from neva_jax.checkpoint.base import record_base
 from neva_jax.config import architecture, compare_architecture, to_json
@@ -58,7 +59,7 @@ def story(config, stop: StopRequest) -> dict[str, float]:
     model = build_model.build_model(config, build_model.neva_config(config, tokenizer.vocab_size), mesh)
     optimizer, learning_rate = build_run.build_optimizer(config, model)
     abstract_state = build_run.abstract_state(config, model, optimizer, mesh)
-    log.info(build_model.describe_parts(model))
+    log.info(describe_parts(model))
 
     # ---- data --------------------------------------------------------------------------------------------------------------------------------------
     train, validation = build_data.build_data(config, tokenizer, model.config, mesh)

@@ -12,9 +12,10 @@ from runs import assert_same, logged, run, run_until_stopped, saved, steps_of, t
 
 from configs import peft, quickstart
 from neva_jax import config as library
-from neva_jax.build.model import build_model, neva_config, trainable_rows
+from neva_jax.build.model import build_model, neva_config
 from neva_jax.build.opened import open_model
 from neva_jax.build.run import build_mesh
+from neva_jax.build.trained import trainable_rows
 from neva_jax.errors import UserError
 from neva_jax.transforms.lora import is_adapter
 from neva_jax.transforms.select import Row

@@ -49,12 +49,6 @@ def with_adapters(model: nnx.Module, lora: Lora | None, seed: int) -> nnx.Module
     return model if lora is None else apply_lora(model, lora, nnx.Rngs(params=jax.random.fold_in(jax.random.key(seed), SEED)))
 
 
-def lora_rows(config: ConfigDict) -> list[Row]:
-    """What NeMo trains with LoRA: the adapters and, at a share of the learning rate, the projector."""
-    projector = [] if config.model.mm_cfg.mm_mlp_adapter_type == "identity" else [Row(r"^projector/", config.model.peft.projector_lr_factor)]
-    return [Row(PATTERN), *projector]
-
-
 def check_targets(config: ConfigDict, lora: Lora, weights: dict[str, Weight]) -> None:
     """weights: of the base. Every name that is to get adapters is there, and an adapter is smaller than what it stands for."""
     for name in config.model.peft.lora_tuning.target_modules:

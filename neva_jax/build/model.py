@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from neva_jax.build import fp8 as build_fp8
 from neva_jax.build.architecture import fields_of
-from neva_jax.build.lora import Dropout, build_dropout, build_lora, check_rows, check_targets, describe_lora, lora_rows, num_weights, with_adapters
+from neva_jax.build.lora import Dropout, build_dropout, build_lora, check_rows, check_targets, describe_lora, num_weights, with_adapters
+from neva_jax.build.trained import trainable_rows
 from neva_jax.build.weights import weight_paths
 from neva_jax.config import leaves
 from neva_jax.convert.hf import TOWERS
@@ -253,21 +254,6 @@ def build_pipeline(config: ConfigDict, mesh: Mesh) -> Pipeline:
     return pipeline
 
 
-def trainable_rows(config: ConfigDict) -> list[Row]:
-    """`model.trainable`, or what NeMo's peft and freeze fields mean: the projector always trains."""
-    m = config.model
-    if m.trainable is not None:
-        return [Row(*row) for row in m.trainable]
-    if m.peft.peft_scheme is not None:
-        return lora_rows(config)
-    rows = [Row(r"^projector/")] if m.mm_cfg.mm_mlp_adapter_type != "identity" else []
-    rows += [] if m.mm_cfg.llm.freeze else [Row(r"^llm/")]
-    if not m.mm_cfg.vision_encoder.freeze:
-        log.warning("model.mm_cfg.vision_encoder.freeze=False trains the tower here; NeMo 1.x ran it without gradients all the same")
-        rows += [Row(r"^vision_encoder/")]
-    return rows
-
-
 def image_processor(config: ConfigDict) -> ImageProcessor:
     """The tower's own preprocessor where its directory has one, else its kind's at crop_size; the aspect is the config's, and so is turning by EXIF."""
     v = config.model.mm_cfg.vision_encoder
@@ -295,15 +281,3 @@ def batch_flops(model: Model, batch: dict) -> float:
     micro_batches, rows, tokens = batch["tokens"].shape
     shape = {"tokens": tokens, "supervised": batch["supervised_positions"].shape[2], "media": batch["media"].shape[2]}
     return micro_batches * rows * sum(flops_by_kind(model, **shape).values())
-
-
-def describe_parts(model: Model) -> str:
-    """One line a part: weights, how many of them train, and at what share of the learning rate."""
-    lines = []
-    for part in ("vision_encoder", "projector", "llm"):
-        paths = [path for path in model.weights if path.split("/")[0] == part]
-        count = sum(math.prod(model.weights[path].shape) for path in paths)
-        trains = sum(math.prod(model.weights[path].shape) for path in paths if path in model.rows)
-        factors = sorted({model.rows[path].lr_factor for path in paths if path in model.rows})
-        lines.append(f"{part}: {count:,} weights, {trains:,} train" + (f" at {', '.join(map(str, factors))} x the learning rate" if trains else ""))
-    return "; ".join(lines)

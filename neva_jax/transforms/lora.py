@@ -1,10 +1,11 @@
 """LoRA (Hu et al. 2021): Linears that a path pattern finds also give (x A) B * alpha / rank, and A and B train in their stead.
 
 `q_proj/kernel` stays what and where it was; beside it stand `q_proj/lora_A` [in, rank] and `q_proj/lora_B` [rank, out], stacked over layers like it and sharded
-as its two sides are (beside columns that tensor parallel devices share, lora_A's columns are shared too: what its gradient gives to x is then a sum over
-devices like the base's, and is reduced with it). Their products are in the dtype of x, also beside a kernel in float8. Projections that share an input may share one A (NeMo's fused
-adapters of q, k, v and of gate, up): it lies with the first of them by name. Layers that have no adapter have zeros in A and in B, from where no gradient leads
-away.
+as its two sides are. Where tensor parallel devices share its columns they share A's too, as NeMo has it: what an adapter gives to the gradient of x is then a
+sum over devices like the base's, and is reduced together with it. The products are in the dtype of x, also beside a kernel in float8.
+
+Projections that share an input may share one A (NeMo's fused adapters of q, k, v and of gate, up): it lies with the first of them by name. Layers that have no
+adapter have zeros in A and in B, from where no gradient leads away.
 """
 
 import dataclasses
@@ -100,18 +101,20 @@ ADAPTED = {Linear: LoraLinear, Fp8Linear: LoraFp8Linear}
 def apply_lora(model: nnx.Module, lora: Lora, rngs: nnx.Rngs) -> nnx.Module:
     """The same model with adapters; without any dropout it computes what it did, as long as init_B is "zero"."""
     linears = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model) if type(module) in ADAPTED}
-    owners, shared = find_targets(linears, lora.targets), {}
+    owners, new = find_targets(linears, lora.targets), functools.partial(_new, layers=lora.layers, rngs=rngs)
+    lora_As: dict[str, nnx.Param] = {}
+    keys: dict[str, DropoutKey] = {}
     for path, owner in owners.items():
         linear = linears[path]
         (*stack, in_dim, out_dim), (in_axis, out_axis) = linear.kernel.shape, linear.kernel.get_metadata("axes")
+        if owner not in lora_As:
+            lora_As[owner] = new(lora.init_A, (*stack, in_dim, lora.rank), axes=(in_axis, "rank"))
         width = sum(linears[other].kernel.shape[-1] for other in owners if owners[other] == owner)  # of all that share the A, as xavier counts them
-        new = functools.partial(_new, layers=lora.layers, rngs=rngs)
-        key = DropoutKey(jax.random.split(jax.random.key(0), stack)) if lora.dropout else None
-        if owner not in shared:
-            shared[owner] = new(lora.init_A, (*stack, in_dim, lora.rank), axes=(in_axis, "rank")), key
-        lora_A, first_key = shared[owner]
         lora_B = new(lora.init_B, (*stack, lora.rank, width), axes=(None, out_axis), columns=out_dim)
-        adapted = ADAPTED[type(linear)](linear, lora, lora_A, lora_B, first_key if lora.dropout_position == "pre" else key)
+        home = owner if lora.dropout_position == "pre" else path  # what goes into several adapters is dropped once
+        if lora.dropout and home not in keys:
+            keys[home] = DropoutKey(jax.random.split(jax.random.key(0), stack))
+        adapted = ADAPTED[type(linear)](linear, lora, lora_As[owner], lora_B, keys.get(home))
         *parents, name = path.split("/")
         setattr(functools.reduce(getattr, parents, model), name, adapted)
     return model
