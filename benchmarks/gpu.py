@@ -7,8 +7,8 @@
 Sections, each in a process of its own, so that peaks of memory are its own and one that runs out of it ends nothing else:
 - correctness: a tiny model on the GPU against the CPU (fp32, FP8), cuDNN's attention against XLA's, bf16 and FP8 against each other and fp32: losses and
   gradient norms of five steps and first logits, within the TOLERANCES of gpu_steps.py;
-- Llama-2-7B with CLIP-L/14 at 224 pixels, weights born random, in bf16 and FP8: stage 1 at T 336, micro-batch 32; stage 2 at T 2048, four micro-batches of 2. A
-  card too small for stage 2's fp32 masters and moments trains as many layers as fit: num_layers says how many, and nothing is scaled up.
+- Llama-2-7B with CLIP-L/14 at 224 pixels, weights born random, in bf16 and FP8: stage 1 at T 336, micro-batch 32; stage 2 and LoRA at T 2048, four
+  micro-batches of 2. A card too small for stage 2's fp32 masters and moments trains as many layers as fit: num_layers says how many, and nothing is scaled up.
 
 The step is train.py's own, and so are the weights' birth and FP8's check of the compiled program. Batches lie on the GPU, four in turn: full rows, tokens of a
 Zipf distribution; reading data is left out. A round is five steps, and the clock stops once the last is done; one round warms up, five are timed: their median,
@@ -51,7 +51,7 @@ from neva_jax.parallel.devices import PLANNED, planned
 from neva_jax.parallel.xla_flags import filter_environment
 
 SECTIONS = {  # {name: seconds it takes at the least on an H200}: with less left, it is not begun
-    "correctness": 40, "pretrain bf16": 40, "pretrain fp8": 40, "finetune bf16": 75, "finetune fp8": 75
+    "correctness": 40, "pretrain bf16": 40, "pretrain fp8": 40, "finetune bf16": 75, "finetune fp8": 75, "peft bf16": 50, "peft fp8": 50
 }  # fmt: skip
 LIBRARIES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "flax", "optax", "numpy")
 PLANS = ROOT / "benchmarks" / "results" / "gpu_plan.json"

@@ -19,7 +19,7 @@ from flax import nnx  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import finetune, pretrain  # noqa: E402
+from configs import finetune, peft, pretrain  # noqa: E402
 from neva_jax import config as library  # noqa: E402
 from neva_jax.build import model as build_model  # noqa: E402
 from neva_jax.build import run as build_run  # noqa: E402
@@ -38,7 +38,7 @@ from neva_jax.transforms.select import nest  # noqa: E402
 
 GIB = 2**30
 STEPS, ROUNDS, BATCHES = 5, 5, 4  # steps of a round, rounds that are timed, different batches
-STAGES, PRECISIONS = {"pretrain": pretrain, "finetune": finetune}, ("bf16", "fp8")
+STAGES, PRECISIONS = {"pretrain": pretrain, "finetune": finetune, "peft": peft}, ("bf16", "fp8")
 
 
 class Shape(NamedTuple):
@@ -57,9 +57,11 @@ TINY = {  # weights large enough that attention counts
 SIZES = {  # {size: (language model, vocabulary, changes, {stage: Shape})}; 32,008 is Llama 2's with NeVA's eight tokens
     "7b": (
         "llama2_7b", 32008, {},
-        {"pretrain": Shape(Bucket(336, 128, 1), 32, 32), "finetune": Shape(Bucket(2048, 1792, 1), 2, 8)},
+        {"pretrain": Shape(Bucket(336, 128, 1), 32, 32), "finetune": Shape(Bucket(2048, 1792, 1), 2, 8), "peft": Shape(Bucket(2048, 1792, 1), 2, 8)},
     ),
-    "tiny": ("tiny", 512, TINY, {"pretrain": Shape(Bucket(64, 64, 1), 4, 4), "finetune": Shape(Bucket(64, 64, 1), 2, 4)}),
+    "tiny": (
+        "tiny", 512, TINY, {"pretrain": Shape(Bucket(64, 64, 1), 4, 4), "finetune": Shape(Bucket(64, 64, 1), 2, 4), "peft": Shape(Bucket(64, 64, 1), 2, 4)},
+    ),
 }  # fmt: skip
 # {(one, the other): tolerances}. Of losses and gradient norms relative, of logits to the largest logit. "cpu": on the CPU backend.
 TOLERANCES = {
