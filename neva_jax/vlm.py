@@ -131,10 +131,10 @@ def from_pretrained(
     path: str | Path, *, bases=(), tokenizer: str | None = None, conv_template: str | None = None, dtype: str | None = None, tensor_parallel: int = 1,
     devices=None,
 ) -> Vlm:  # fmt: skip
-    """A model in any format; LoRA adapters are merged into what they stand beside. bases: paths of models that have what this one lacks; conv_template: instead of the model's own. dtype: of weights and
-    computation, float32 or bfloat16 (None: bfloat16, but on a CPU, which is slow in it, float32). tensor_parallel: devices that share each weight, of
-    `devices` (default: one, or as many); each reads only its slices. A model without a tokenizer answers token ids alone. Raises UserError for what is no
-    whole model, by one sentence that says what is missing.
+    """A model in any format, with LoRA adapters merged into what they stand beside. bases: paths of models that have what this one lacks; conv_template:
+    instead of the model's own. dtype: of weights and computation, float32 or bfloat16 (None: bfloat16, but on a CPU, which is slow in it, float32).
+    tensor_parallel: devices that share each weight, of `devices` (default: one, or as many); each reads only its slices. A model without a tokenizer answers
+    token ids alone. Raises UserError for what is no whole model, by one sentence that says what is missing.
     """
     bases = [bases] if isinstance(bases, str | Path) else bases
     if not isinstance(tensor_parallel, int) or tensor_parallel < 1:

@@ -105,18 +105,15 @@ def to_nemo(
 
 
 def as_nemo_has_them(opened: Opened, arrays: dict) -> tuple[Lora, dict, dict]:
-    """-> adapters that NeMo's names can tell, their arrays, and fields of `lora_tuning`. It adapts q, k and v, and gate and up, together: what lacks partners
-    gets some that are zeros, which change nothing."""
-    names = {path.split("/")[-2] for path in opened.adapters}
-    shared = {pair[0] for path, pair in opened.adapters.items() if pair[0] != path.replace("/kernel", "/lora_A")}
-    alone = [name for group in TOGETHER.values() for name in group if name in names and not any(f"/{member}/" in a for a in shared for member in group)]
-    lora = opened.lora
+    """-> adapters that NeMo's names can tell, their arrays, and fields of `lora_tuning`. It adapts q, k and v, and gate and up, together, all with one A
+    ("nemo") or each with its own ("canonical"): what lacks partners gets some that are zeros, which change nothing."""
+    lora, pairs = opened.lora, {path.split("/")[-2]: pair for path, pair in opened.adapters.items()}
     gated = any(path.endswith("/gate_proj/kernel") for path in opened.weights)
-    fused = bool(shared) and not [name for name in alone if gated or name != "up_proj"]
+    targets = [target for target, names in LORA_TARGETS.items() if not target.endswith("_proj") and {f"{name}_proj" for name in names} & pairs.keys()]
+    together = [names for target, names in TOGETHER.items() if target in targets and (gated or target != "mlp_fc1")]
+    fused = all({*names} <= pairs.keys() and len({pairs[name][0] for name in names}) == 1 for names in together)
     if not fused:
         lora, arrays = unshared(opened, arrays)
-    targets = [target for target, group in LORA_TARGETS.items() if not target.endswith("_proj") and {f"{name}_proj" for name in group} & names]
-    if not fused:
         wanted = [f"{name}_proj" for target in targets for name in LORA_TARGETS[target] if gated or name != "gate"]
         lora = dataclasses.replace(lora, targets=tuple(Target(rf"^llm/layers/\w+/{name}$") for name in wanted))
         for kernel, (lora_A, lora_B) in adapters_of(opened.weights, lora).items():
@@ -124,5 +121,4 @@ def as_nemo_has_them(opened: Opened, arrays: dict) -> tuple[Lora, dict, dict]:
             arrays.setdefault(lora_A, np.zeros((*stack, rows, lora.rank), dtype))
             arrays.setdefault(lora_B, np.zeros((*stack, lora.rank, columns), dtype))
     used = {path for pair in adapters_of(opened.weights, lora).values() for path in pair} | {path for path in arrays if path.startswith("projector/")}
-    tuning = {"target_modules": targets, "variant": "nemo" if fused or not set(TOGETHER) & set(targets) else "canonical"}
-    return lora, {path: arrays[path] for path in sorted(used)}, tuning
+    return lora, {path: arrays[path] for path in sorted(used)}, {"target_modules": targets, "variant": "nemo" if fused else "canonical"}

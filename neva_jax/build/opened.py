@@ -113,9 +113,9 @@ class Opened:
     def check_base(self, sources: list) -> None:
         """UserError where the adapters remember another base than the one that is here, or it has adapters of its own."""
         home = {id(self.origin[pair[0]]) for pair in self.adapters.values() if pair[0] in self.origin}
-        used = {id(source) for source in self.origin.values()}
+        asked = {id(source) for source in (self.origin.values() if home else sources)} - home
         for source in sources:
-            if id(source) in used - home and any(map(is_adapter, source.shapes)) or not home and any(map(is_adapter, source.shapes)):
+            if id(source) in asked and any(map(is_adapter, source.shapes)):
                 place = getattr(source, "path", getattr(source, "directory", self.path))
                 raise UserError(f"{place}: holds LoRA adapters of its own; merge them first (--merge_lora)")
         check_record(self.record, self.kernels(), str(self.path), "the base that is given")
