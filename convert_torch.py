@@ -13,9 +13,8 @@
 
 Inputs: Hugging Face directories (Llama, Mistral, CLIP, SigLIP, LLaVA in every published layout; safetensors or .bin), .nemo files and unpacked
 ones (plain, any tensor and pipeline ranks, distributed), runs and steps of this program, LLaVA's mm_projector.bin, LoRA adapters (a directory
-of Hugging Face's peft, LLaVA's too, or a .nemo of NeMo's). What an input lacks, such
-as the tower that NeMo leaves out of its files or the language model beneath a trained projector, comes from --base, which may be repeated; a run
-of ours knows its own.
+of Hugging Face's peft, LLaVA's too, or a .nemo of NeMo's). What an input lacks, such as the tower that NeMo leaves out of its files or the language
+model beneath a trained projector or adapters, comes from --base, which may be repeated; a run of ours knows its own.
 
 An export --to hf ends with a round trip: the written directory is opened, reads a picture and tokens, and its logits are compared with the input's. A .nemo
 holds what NeMo itself would save: a tower only if it was trained (--parts llm,projector,vision_encoder puts it in).

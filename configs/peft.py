@@ -14,7 +14,7 @@ v, learning rate 2e-4, 4900 steps of 32 records. LLaVA 1.5's own numbers:
         "dropout_position": "pre"}' --config.model.global_batch_size=128
 
 On one 24 GB card: --config.model.fp8=True (the frozen weights in 8 bits) --config.model.micro_batch_size=1, and layers computed again:
---config.model.activations_checkpoint_granularity=full --config.model.activations_checkpoint_method=uniform --config.model.activations_checkpoint_num_layers=1.
+--config.model.activations_checkpoint_granularity=full --config.model.activations_checkpoint_method=uniform.
 
     python train.py --config configs/peft.py:quickstart
 

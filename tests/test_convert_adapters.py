@@ -127,6 +127,14 @@ DAMAGE = {
     "a stranger": (lambda config, tensors: tensors.update({"base_model.model.other.weight": np.zeros(3, np.float32)}), "not part of such a model .*other"),
     "no rank": (lambda config, tensors: config.pop("r"), "adapter_config.json: not the configuration of a LoRA adapter"),
     "DoRA": (lambda config, tensors: config.update(use_dora=True), r"use_dora True \(expected False\)"),
+    "PiSSA": (lambda config, tensors: config.update(init_lora_weights="pissa"), r"init_lora_weights 'pissa' \(expected True\)"),
+    "a text for a rank": (lambda config, tensors: config.update(r="2"), "not the configuration of a LoRA adapter"),
+    "one weight twice": (lambda config, tensors: tensors.update({A.replace(".weight", ".default.weight"): tensors[A]}), "two spellings of one weight"),
+    "a head saved along": (lambda config, tensors: tensors.update({"base_model.model.lm_head.weight": np.zeros((3, 16), np.float32)}), "saved along"),
+    "the projector adapted": (
+        lambda config, tensors: tensors.update({"base_model.model.model.multi_modal_projector.linear_1.lora_A.weight": np.zeros((2, 16), np.float32)}),
+        "adapts the projector",
+    ),
     "another method": (lambda config, tensors: config.update(peft_type="IA3"), r"peft_type 'IA3' \(expected 'LORA'\)"),
 }
 
@@ -139,6 +147,37 @@ def test_a_damaged_adapter(folder, tmp_path, capfd, what):
     assert pytest.importorskip("re").search(told, error), error
 
 
+@pytest.mark.parametrize("record", ["{", "5", '{"kernels": {"a": 5}, "float8_of": null}', '{"kernels": {"a": {"shape": [1], "sample": [1e400]}}}'])
+def test_a_damaged_memory(folder, tmp_path, capfd, record):
+    convert(folder / "lora", tmp_path / "adapter", "hf")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "neva_jax": record})
+    assert "what it says of its base cannot be read" in refused(capfd, tmp_path / "adapter", tmp_path / "out", "hf", f"--base={folder / 'base'}")
+
+
+def test_what_goes_into_no_adapter(folder, tmp_path, capfd):
+    """Weights that trained beside adapters are merged with them, never left behind."""
+    table = ((r"/lora_[AB]$", 1.0, None), ("^projector/", 1.0, None), ("^llm/norm/", 1.0, None))
+    runs.run(tmp_path / "more", **LORA, restore_from_path=str(folder / "base"), trainer__max_steps=3, model__trainable=table)
+    for to in ("hf", "nemo"):
+        told = refused(capfd, tmp_path / "more", tmp_path / "out", to)
+        assert "other weights trained beside its adapters (llm/norm/scale), which go into no adapter; add --merge_lora" in told
+    convert(tmp_path / "more", tmp_path / "merged", "orbax", "--merge_lora")
+    trained = runs.saved(tmp_path / "more", "trainable")["llm/norm/scale"]
+    np.testing.assert_array_equal(weights_of(tmp_path / "merged")["llm/norm/scale"], trained)
+
+
+def test_what_an_adapter_remembers_goes_along(folder, tmp_path, capfd):
+    """From format to format, without the base: where it belongs, and that its base stood in float8."""
+    runs.run(tmp_path / "other", trainer__max_steps=3, model__num_layers=2, model__seed=9)
+    convert(folder / "fp8", tmp_path / "first.nemo", "nemo")
+    convert(tmp_path / "first.nemo", tmp_path / "second", "hf")
+    convert(tmp_path / "second", tmp_path / "third", "orbax", f"--base={folder / 'base'}")
+    for adapter, base in ((tmp_path / "second", [f"--base={folder / 'base'}"]), (tmp_path / "third", [])):
+        assert "was trained beside weights in e4m3" in refused(capfd, adapter, tmp_path / "out", "orbax", *base, "--merge_lora")
+    assert "was trained for another base" in refused(capfd, tmp_path / "second", tmp_path / "out", "hf", f"--base={tmp_path / 'other'}", "--merge_lora")
+
+
 def test_bad_flags(folder, tmp_path, capfd):
     runs.run(tmp_path / "other", trainer__max_steps=3, model__num_layers=2, model__seed=9)
     convert(folder / "lora", tmp_path / "adapter", "hf")
@@ -149,6 +188,8 @@ def test_bad_flags(folder, tmp_path, capfd):
         "was not trained beside weights in float8": (folder / "lora", "orbax", "--merge_lora", "--merge_into=dequantized"),
         "an adapter does not say what model it is for; give --base PATH": (tmp_path / "adapter", "nemo"),
         "was trained for another base: the checksum of": (tmp_path / "adapter", "hf", f"--base={tmp_path / 'other'}", "--merge_lora"),
+        "holds LoRA adapters of its own, and is a base of": (tmp_path / "adapter", "hf", f"--base={folder / 'lora'}", "--merge_lora"),
+        "--merge_into original goes with --merge_lora": (folder / "fp8", "orbax", "--merge_into=original"),
         "--tensor_parallel 4 does not divide the rank 2": (folder / "lora", "nemo", "--tensor_parallel=4"),
     }
     for told, (path, to, *flags) in cases.items():

@@ -12,6 +12,7 @@ from runs import assert_same, logged, run, run_until_stopped, saved, steps_of, t
 
 from configs import peft, quickstart
 from neva_jax import config as library
+from neva_jax.build.export_lora import to_nemo
 from neva_jax.build.model import build_model, neva_config
 from neva_jax.build.opened import open_model
 from neva_jax.build.run import build_mesh
@@ -108,6 +109,17 @@ def test_a_run_starts_from_adapters(base, trained, tmp_path, caplog):
         run(tmp_path / "off", restore_from_path=str(other), **settings)
     with pytest.raises(UserError, match=r"other adapters: model\.peft\.lora_tuning\.adapter_dim is 3, the adapters have 2; add --config\.model\.peft\.lora_t"):
         run(tmp_path / "rank", restore_from_path=str(base), **settings | {f"{TUNING}adapter_dim": 3})
+    with pytest.raises(UserError, match=r"another base: theirs were weights, and those of this run start random; give them by restore_from_path"):
+        run(tmp_path / "random", **settings)
+    to_nemo(open_model(trained), tmp_path / "adapter.nemo")
+    with pytest.raises(UserError, match=r"adapter\.nemo: was trained for another base"):
+        run(tmp_path / "file", **settings | {"model__peft__restore_from_path": str(tmp_path / "adapter.nemo"), "restore_from_path": str(other)})
+    with pytest.raises(UserError, match=r"restore_from_path: \S+lora\d has other adapters: model\.peft\.lora_tuning\.alpha is 8\.0, the adapters have 2\.0"):
+        run(tmp_path / "alpha", restore_from_path=str(trained), **LORA | ONE | {f"{TUNING}alpha": 8.0})
+    with pytest.raises(UserError, match=r"holds LoRA adapters too; merge them"):
+        run(tmp_path / "two", restore_from_path=str(trained), **settings)
+    with pytest.raises(UserError, match=r"holds another projector than model\.mm_cfg\.mm_mlp_adapter_type linear \(projector/0"):
+        run(tmp_path / "linear", restore_from_path=str(base), **settings | {"model__mm_cfg__mm_mlp_adapter_type": "linear"})
     with pytest.raises(UserError, match="holds no LoRA adapters"):
         run(tmp_path / "none", restore_from_path=str(base), **settings | {"model__peft__restore_from_path": str(base)})
     with pytest.raises(UserError, match=r"model\.peft\.restore_from_path: there is no nowhere"):

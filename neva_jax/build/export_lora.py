@@ -13,6 +13,7 @@ from neva_jax.build.export import Written, nemo_tree, num_bytes
 from neva_jax.build.opened import Opened
 from neva_jax.convert import nemo, peft
 from neva_jax.convert.adapters import base_record
+from neva_jax.convert.keymap import some
 from neva_jax.convert.nemo_write import write_nemo
 from neva_jax.errors import UserError
 from neva_jax.fields import LORA_TARGETS
@@ -30,6 +31,8 @@ def adapter_arrays(opened: Opened, dtype: str | None, tell) -> dict[str, Written
     if missing := [path for path in paths if path not in opened.origin]:
         raise UserError(f"{opened.path}: {len(missing)} weights of its adapters are missing ({', '.join(missing[:3])}); copy it again")
     home = {id(opened.origin[path]) for path in paths}
+    if more := sorted(path for path in opened.trained if not path.startswith("projector/")):
+        raise UserError(f"{opened.path}: other weights trained beside its adapters ({some(more, 2)}), which go into no adapter; add --merge_lora")
     paths += [path for path in opened.weights if path.startswith("projector/") and path in opened.origin and id(opened.origin[path]) in home]
     for source in {id(opened.origin[path]): opened.origin[path] for path in paths}.values():
         source.check({path: opened.weights[path].shape for path in paths if opened.origin[path] is source})
@@ -64,20 +67,20 @@ def to_peft(opened: Opened, output: Path, *, dtype: str | None = None, tell=lamb
     if with_projector and opened.neva.projector != "mlp2x_gelu":
         kind = opened.neva.projector
         raise UserError(f"mm_mlp_adapter_type {kind}: transformers' LLaVA has mlp2x_gelu alone, so that peft could not load it; convert --to nemo")
-    base = base_directory(opened, alone)
+    base = base_directory(opened, alone, with_projector)
     count = peft.write_peft(output, keys, {path: arrays[path] for path in keys.rules}, lora, base=base, record=record_of(opened), alone=alone)
     if base is None:
         log.info(f"note: {peft.CONFIG} names no base; peft takes it from the model that the adapter is put on (convert the base by itself --to hf)")
     return {"num_tensors": count, "num_bytes": num_bytes(arrays)}
 
 
-def base_directory(opened: Opened, alone: bool) -> str | None:
-    """The Hugging Face directory that is the whole model without its adapters, if there is one."""
-    frozen = [path for path in opened.origin if not is_adapter(path) and not path.startswith("projector/")]
+def base_directory(opened: Opened, alone: bool, with_projector: bool) -> str | None:
+    """The Hugging Face directory that is the whole model without what the adapter brings, if there is one."""
+    frozen = [path for path in opened.origin if not is_adapter(path) and not (with_projector and path.startswith("projector/"))]
     homes = {getattr(opened.origin[path], "path", None) for path in frozen}
     place = homes.pop() if len(homes) == 1 else None
     is_whole = place is not None and format_of(place) == "hf" and (alone or "vision_encoder" in opened.parts)
-    return str(place) if is_whole else None
+    return str(place.absolute()) if is_whole else None
 
 
 # ---- NeMo ----------------------------------------------------------------------------------------------------------------------------------------------

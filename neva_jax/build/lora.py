@@ -32,8 +32,8 @@ def build_lora(config: ConfigDict) -> Lora | None:
 
 
 def targets_of(names, variant: str) -> tuple[Target, ...]:
-    """names: of fields.LORA_TARGETS. variant: NeMo's; in "nemo" the projections of attention_qkv, and those of mlp_fc1, have one A; in "canonical" one each,
-    as those that are named by themselves."""
+    """names: of fields.LORA_TARGETS. variant: NeMo's; in "nemo" the projections of attention_qkv, and those of mlp_fc1, have one A; in "canonical" one each.
+    Those that are named singly always have one each."""
     groups, todo = {}, list(names)
     while todo:
         name = todo.pop(0)
@@ -75,13 +75,14 @@ def check_rows(lora: Lora, weights: dict[str, Weight], rows: dict[str, Row]) -> 
         )
 
 
-def check_same(config: ConfigDict, theirs: dict[str, object], lora: Lora, weights: dict[str, Weight], where: str) -> None:
+def check_same_adapters(config: ConfigDict, theirs: dict[str, object], lora: Lora, weights: dict[str, Weight], where: str) -> None:
     """theirs: {config field: value} of adapters that are to be taken over; they must be those that the config asks for."""
     theirs, other = {name: theirs[name] for name in sorted(ADAPTERS & theirs.keys())}, config.copy_and_resolve_references()
     other.unlock()
     for name, value in theirs.items():
         assign(other, name, value)
     found = build_lora(other)
+    theirs["model.peft.lora_tuning.alpha"] = found.alpha  # which a run may have left to follow the rank
     pairs = lambda one: adapters_of(weights, one)  # noqa: E731
     differ = {"adapter_dim": found.rank != lora.rank, "alpha": found.alpha != lora.alpha, "layer_selection": found.layers != lora.layers}
     differ |= dict.fromkeys(("target_modules", "variant"), pairs(found) != pairs(lora))

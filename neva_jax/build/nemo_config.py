@@ -63,12 +63,12 @@ def nemo_adapter_fields(section: dict, where: str) -> dict[str, object]:
     tuning = section.get("lora_tuning") if isinstance(section.get("lora_tuning"), dict) else {}
     scheme, rank, tied = section.get("peft_scheme"), tuning.get("adapter_dim"), tuning.get("weight_tying")
     layers, targets, alpha = tuning.get("layer_selection"), tuning.get("target_modules") or ("attention_qkv",), tuning.get("alpha")
-    if scheme != "lora" or not isinstance(rank, int) or rank < 1 or tied:
+    if scheme != "lora" or not isinstance(rank, int) or not 0 < rank < 2**20 or tied:
         found = "lora_tuning.weight_tying True" if tied else f"peft_scheme {scheme!r} with lora_tuning.adapter_dim {rank!r}"
         raise UserError(f"{where}: model_config.yaml: {found}; this version reads peft_scheme lora with a rank, and adapters of every layer's own")
     wrong = {
-        f"alpha {alpha!r}": alpha is not None and not isinstance(alpha, int | float),
-        f"target_modules {targets!r}": not isinstance(targets, list | tuple) or not all(target in LORA_TARGETS for target in targets),
+        f"alpha {str(alpha)[:20]}": alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < 2**20),
+        f"target_modules {targets!r}": not (isinstance(targets, list | tuple) and all(isinstance(one, str) and one in LORA_TARGETS for one in targets)),
         f"layer_selection {layers!r}": layers is not None and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)),
     }
     if wrong := [words for words, is_wrong in wrong.items() if is_wrong]:

@@ -110,14 +110,17 @@ class Opened:
         quantised = saved.model.fp8 and saved.model.fp8_frozen_weights
         return COMPUTE[str(saved.trainer.precision)] if quantised else read_base(run).get("float8_of")
 
-    def check_base(self, sources: list) -> None:
-        """UserError where the adapters remember another base than the one that is here, or it has adapters of its own."""
+    @property
+    def trained(self) -> set[str]:
+        """Weights, adapters apart, that lie where the adapters lie: what was trained beside them, as far as that can be known of a model whose weights do
+        not all lie there."""
         home = {id(self.origin[pair[0]]) for pair in self.adapters.values() if pair[0] in self.origin}
-        asked = {id(source) for source in (self.origin.values() if home else sources)} - home
-        for source in sources:
-            if id(source) in asked and any(map(is_adapter, source.shapes)):
-                place = getattr(source, "path", getattr(source, "directory", self.path))
-                raise UserError(f"{place}: holds LoRA adapters of its own; merge them first (--merge_lora)")
+        if all(id(self.origin.get(kernel)) in home for kernel in self.adapters):
+            return set()
+        return {path for path, source in self.origin.items() if id(source) in home and not is_adapter(path)}
+
+    def check_base(self) -> None:
+        """UserError where the adapters remember another base than the one that is here."""
         check_record(self.record, self.kernels(), str(self.path), "the base that is given")
 
     def merged(self, dequantized: bool = False) -> "Opened":
@@ -129,7 +132,7 @@ class Opened:
         config.unlock()
         config.model.peft = from_json({}).model.peft
         origin = {path: source for path, source in self.origin.items() if path in weights and path not in self.adapters}
-        rounded = find_kernels(weights, PROJECTIONS) if dequantized else ()
+        rounded = tuple(path for path in find_kernels(weights, PROJECTIONS) if path not in self.trained) if dequantized else ()
         kernels = MergedKernels(self.origin, self.adapters, self.lora.scale, shapes, rounded, self.float8_of or "float32")
         lacking = [path for kernel, pair in self.adapters.items() for path in (kernel, *pair) if path not in self.origin]
         if lacking:
@@ -148,7 +151,10 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     path, scratch = Path(path), tempfile.TemporaryDirectory(prefix="neva_jax_tokenizer_")
     kind, fields = format_of(path, field), fields_of(path, field)
     named = {part: fields.pop(name) for part, name in (("llm", LLM_FROM), ("vision_encoder", TOWER_FROM)) if fields.get(name)}
-    bases = [*map(str, bases), *(place for place in named.values() if Path(place).exists() and Path(place) != path and not (kind == "peft" and bases))]
+    bases = [*map(str, bases), *(place for place in named.values() if _is_model(place) and Path(place) != path)]
+    for base in bases:
+        if fields_of(base, "--base").get("model.peft.peft_scheme"):
+            raise UserError(f"{base}: holds LoRA adapters of its own, and is a base of {path}; merge them into theirs first (--merge_lora)")
     fields = _with_bases(path, kind, fields, bases)
     if kind == "peft" and "model.num_layers" not in fields:
         where = f"; it names {named['llm']!r}, which is not here" if "llm" in named else ""
@@ -182,8 +188,16 @@ def open_model(path: str | Path, *, bases=(), tokenizer: str | None = None, temp
     says = "model.data.conv_template" in fields or template
     known = config.model.data.conv_template if says else None
     found = Opened(path, kind, config, shape, opened_tokenizer, known, weights, origin, named, scratch, lora)
-    found.check_base(sources)
+    found.check_base()
     return found
+
+
+def _is_model(place: str) -> bool:
+    """Whether a name that a model's files give is a path of a model here; it may be a name on a hub, or anything."""
+    try:
+        return bool(format_of(place))
+    except (UserError, OSError, ValueError):
+        return False
 
 
 def _with_bases(path: Path, kind: str, fields: dict, bases: list[str]) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from neva_jax.build.architecture import fields_of
-from neva_jax.build.lora import check_same
+from neva_jax.build.lora import check_same_adapters
 from neva_jax.convert.adapters import base_record, check_record
 from neva_jax.convert.keymap import some
 from neva_jax.errors import UserError
@@ -44,7 +44,7 @@ def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
     """
     given, adapters = weight_paths(config), open_adapters(config, model)
     if model.lora:
-        _check_same(config, model, given)
+        _check_given(config, model, given)
     sources = adapters + [s for field, path, parts in given for s in open_weights(path, model.config, field, parts, lora=model.lora)]
     targets = {path: model.loaded(path) for path in model.weights}
     _check_adapters(config, model, adapters, sources)
@@ -78,7 +78,7 @@ def open_adapters(config: ConfigDict, model) -> list:
     fields = fields_of(path, field)
     if not fields.get("model.peft.peft_scheme"):
         raise UserError(f"{field}: {path} holds no LoRA adapters; give a run that has them, a directory of peft or a .nemo of adapters")
-    check_same(config, fields, model.lora, model.weights, f"{field}: {path}")
+    check_same_adapters(config, fields, model.lora, model.weights, f"{field}: {path}")
     parts = ("llm", "projector")
     found = open_weights(path, model.config, field, parts, lora=model.lora)[:1]  # of a run its checkpoint, not what it stands on
     for source in found:
@@ -89,7 +89,7 @@ def open_adapters(config: ConfigDict, model) -> list:
     return found
 
 
-def _check_same(config: ConfigDict, model, given: list) -> None:
+def _check_given(config: ConfigDict, model, given: list) -> None:
     """Adapters that come with other weights are taken over as well, and have to be those that are asked for."""
     for field, path, parts in given:
         fields = fields_of(path, field) if "llm" in parts else {}
@@ -97,7 +97,7 @@ def _check_same(config: ConfigDict, model, given: list) -> None:
             continue
         if config.model.peft.restore_from_path is not None:
             raise UserError(f"{field}: {path} holds LoRA adapters too; merge them into their base first, or leave model.peft.restore_from_path out")
-        check_same(config, fields, model.lora, model.weights, f"{field}: {path}")
+        check_same_adapters(config, fields, model.lora, model.weights, f"{field}: {path}")
 
 
 def _check_adapters(config: ConfigDict, model, adapters: list, sources: list) -> None:
@@ -111,14 +111,14 @@ def _check_adapters(config: ConfigDict, model, adapters: list, sources: list) ->
             "convert_torch.py --input RUN --output DIR --to orbax --merge_lora), or set model.peft as it was where they were trained"
         )
     pairs = adapters_of(model.weights, model.lora)
-    if not adapters or not pairs:
+    lazy = lambda found: {kernel: source.lazy(kernel, model.weights[kernel].shape) for kernel, source in found.items()}  # noqa: E731
+    homes, kernels, path = origins({pair[0] for pair in pairs.values()}, sources), lazy(origins(pairs, sources)), config.model.peft.restore_from_path
+    if not homes:
         return
-    origin, field, path = origins(pairs, sources), "model.peft.restore_from_path", config.model.peft.restore_from_path
-    kernels = {kernel: origin[kernel].lazy(kernel, model.weights[kernel].shape) for kernel in pairs if kernel in origin}
-    recorded = getattr(adapters[0], "recorded_base", None)
-    if is_run(run_of(Path(path))):
-        theirs = origins(kernels, open_base(run_of(Path(path)), model.config))
-        recorded = base_record({kernel: source.lazy(kernel, model.weights[kernel].shape) for kernel, source in theirs.items()}, None)
+    home = next(iter(homes.values()))
+    recorded, where = getattr(home, "recorded_base", None), f"the adapters in {getattr(home, 'path', getattr(home, 'directory', ''))}"
+    if adapters and is_run(run_of(Path(path))):
+        recorded, where = base_record(lazy(origins(pairs, open_base(run_of(Path(path)), model.config))), None), f"model.peft.restore_from_path: {path}"
     if recorded and recorded["kernels"] and not kernels:
-        raise UserError(f"{field}: {path}: was trained beside weights, and those of this run start random; give them by restore_from_path")
-    check_record(recorded, kernels, f"{field}: {path}", "the base of this run")
+        raise UserError(f"{where}: trained for another base: theirs were weights, and those of this run start random; give them by restore_from_path")
+    check_record(recorded, kernels, where, "the base of this run")

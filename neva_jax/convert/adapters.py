@@ -87,8 +87,8 @@ class MergedKernels:
 
 
 def fingerprint(kernels: dict) -> dict[str, dict]:
-    """{path: {"shape", "sample"}} of lazy kernels: a few numbers from all over the first layer and the last, which tell two models apart and can be compared
-    within the rounding of a 16-bit format."""
+    """{path: {"shape", "sample"}} of lazy kernels: a few numbers from all over the first layer and the last, which another model hardly has, and which can be
+    compared within the rounding of a 16-bit format."""
     found = {}
     for path, kernel in sorted(kernels.items()):
         layers = [np.asarray(kernel[layer]).astype(np.float32).reshape(-1) for layer in (0, kernel.shape[0] - 1)]
@@ -108,13 +108,16 @@ def read_record(found, where: str) -> dict | None:
     if found is None:
         return None
     try:
-        for entry in found["kernels"].values():
-            if len(entry["sample"]) != SAMPLE or not all(isinstance(n, int | float) for n in [*entry["sample"], *entry["shape"]]):
+        for path, entry in found["kernels"].items():
+            sample, shape = entry["sample"], entry["shape"]
+            if not (isinstance(path, str) and isinstance(sample, list) and isinstance(shape, list) and len(sample) == SAMPLE):
+                raise ValueError("a sample of another kind")
+            if not all(isinstance(n, int | float) and abs(n) < 1e30 for n in [*sample, *shape]):
                 raise ValueError("a sample of another kind")
         if found["float8_of"] not in (None, "float32", "bfloat16"):
             raise ValueError(f"float8_of {found['float8_of']!r}")
         return {"kernels": dict(found["kernels"]), "float8_of": found["float8_of"]}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: what it says of its base cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 

@@ -1,7 +1,7 @@
 """LoRA adapters as Hugging Face's peft keeps them: adapter_config.json, adapter_model.safetensors (or .bin), and LLaVA's non_lora_trainables.bin.
 
 A trained projector goes along as peft's `modules_to_save`. Given up, each by an error that names it: what is no plain LoRA of a language model's projections
-(DoRA, ranks by pattern, biases, adapters of the tower), and embeddings that were saved along.
+(DoRA, PiSSA, ranks by pattern, biases, adapters of the projector or of the tower, but for those that are zeros), and embeddings that were saved along.
 """
 
 import json
@@ -29,7 +29,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 PLAIN = {  # what adapter_config.json must say, or leave out
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "fan_in_fan_out": (False,),
     "lora_bias": (False,), "layer_replication": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []), "megatron_config": (None,),
-    "alora_invocation_tokens": (None,), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base as well
+    "alora_invocation_tokens": (None,), "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the base as well
 }  # fmt: skip
 TAKEN = ("use_rslora",)  # of fields use_...; any other that is set is a kind of its own
 NAMES = (  # the module tree of transformers since 4.52, which peft's names follow: a LLaVA's, a language model's alone
@@ -81,6 +82,8 @@ def open_tensors(directory: Path) -> dict:
         group[known] = tensor
     if whole := [name for name in tensors if name.startswith("llm.") and "lora_" not in name]:
         raise UserError(f"{directory}: has whole weights of the language model saved along ({some(sorted(whole))}); merge the adapter with peft")
+    if other := [name for name in tensors if name.startswith("projector.") and "lora_" in name]:
+        raise UserError(f"{directory}: adapts the projector ({some(sorted(other))}), which this version does not; merge the adapter with peft")
     moved = [name for name, tensor in tower.items() if "lora_B" in name and np.any(np.asarray(tensor.read()))]
     if moved or any("lora_" not in name for name in tower):
         raise UserError(f"{directory}: adapts the vision tower ({some(sorted(moved or tower))}), which this version does not; merge the adapter with peft")
@@ -140,7 +143,7 @@ def key_map(model_config, lora: Lora, names=()) -> KeyMap:
 # ---- writing -----------------------------------------------------------------------------------------------------------------------------------------
 
 
-def write_peft(output: Path, keys: KeyMap, arrays: dict, lora: Lora, *, base: str | None, record: dict, alone: bool, dropout: float = 0.0) -> int:
+def write_peft(output: Path, keys: KeyMap, arrays: dict, lora: Lora, *, base: str | None, record: dict, alone: bool) -> int:
     """output: a directory that does not exist. keys: of `key_map`, of unshared adapters; arrays: {path: array}. base: what adapter_config.json names;
     record: what the adapter remembers of it. alone: of a language model by itself. -> how many tensors."""
     tensors = {spelt(name, alone): np.ascontiguousarray(tensor) for name, tensor in keys.parts(arrays)}
@@ -150,7 +153,7 @@ def write_peft(output: Path, keys: KeyMap, arrays: dict, lora: Lora, *, base: st
     saves = ["multi_modal_projector"] if any("multi_modal_projector" in name for name in tensors) else None
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": alpha, "lora_dropout": dropout,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": alpha, "lora_dropout": 0.0,
         "target_modules": projections if alone else _pattern(projections, lora), "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True, "modules_to_save": saves, "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
         "layers_to_transform": list(lora.layers) if alone and lora.layers else None, "layers_pattern": "layers" if alone and lora.layers else None,

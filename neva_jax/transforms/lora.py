@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021): Linears that a path pattern finds also give (x A) B * alpha / rank, and A and B train in their stead.
 
 `q_proj/kernel` stays what and where it was; beside it stand `q_proj/lora_A` [in, rank] and `q_proj/lora_B` [rank, out], stacked over layers like it and sharded
-as its two sides are. Where tensor parallel devices share its columns they share A's too, as NeMo has it: what an adapter gives to the gradient of x is then a
-sum over devices like the base's, and is reduced together with it. The products are in the dtype of x, also beside a kernel in float8.
+as its two sides are. Where tensor parallel devices share its columns they share A's too, as NeMo has it, if the rank can be divided: what an adapter gives to
+the gradient of x is then a sum over devices like the base's, and is reduced together with it. Products are in the dtype of x, also beside a float8 kernel.
 
 Projections that share an input may share one A (NeMo's fused adapters of q, k, v and of gate, up): it lies with the first of them by name. Layers that have no
 adapter have zeros in A and in B, from where no gradient leads away.
@@ -68,7 +68,7 @@ class _Adapter:
     """What a Linear's class is mixed with."""
 
     def __init__(self, linear: nnx.Module, lora: Lora, lora_A: nnx.Param, lora_B: nnx.Param, lora_key: DropoutKey | None):
-        """linear: of the other class; its weights and numbers are taken over."""
+        """linear: the one that it replaces; its weights and numbers are taken over."""
         for name, value in vars(linear).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
