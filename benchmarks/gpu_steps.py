@@ -233,7 +233,8 @@ def about(step: Step) -> dict:
     """What was measured, or planned."""
     model = step.config.model
     names = ("num_layers", "micro_batch_size", "global_batch_size", "fp8")
-    return {"device_kind": step.mesh.devices.flat[0].device_kind, **{name: model[name] for name in names}, "batch_shape": step.bucket._asdict()}
+    sizes = {name: model[name] for name in names} | {"peft_scheme": model.peft.peft_scheme, "batch_shape": step.bucket._asdict()}
+    return {"device_kind": step.mesh.devices.flat[0].device_kind, **sizes}
 
 
 def rates(step: Step, seconds: list[float]) -> dict:

@@ -14,6 +14,7 @@ import neva_jax
 from neva_jax.build.opened import open_model
 from neva_jax.transforms.fp8 import quantise
 
+pytestmark = pytest.mark.peft
 pytest.importorskip("torch")
 
 LORA = {

@@ -21,6 +21,7 @@ from neva_jax.errors import UserError
 from neva_jax.transforms.lora import is_adapter
 from neva_jax.transforms.select import Row
 
+pytestmark = pytest.mark.peft
 TUNING = "model__peft__lora_tuning__"
 LORA = {
     "model__peft__peft_scheme": "lora", f"{TUNING}adapter_dim": 2, f"{TUNING}target_modules": ("attention_qkv", "mlp_fc2"),

@@ -6,6 +6,7 @@ from mesh_steps import make_step
 
 from neva_jax.transforms.lora import is_adapter
 
+pytestmark = pytest.mark.peft
 LORA = {
     "model__peft__peft_scheme": "lora", "model__peft__lora_tuning__adapter_dim": 4, "model__peft__lora_tuning__target_modules": ("all",),
     "model__mm_cfg__llm__freeze": True, "model__mm_cfg__vision_encoder__freeze": True, "model__num_layers": 4,

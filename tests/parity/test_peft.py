@@ -19,6 +19,7 @@ from neva_jax.models.multimodal import neva
 from neva_jax.transforms.lora import is_adapter
 from neva_jax.transforms.select import describe
 
+pytestmark = pytest.mark.peft
 QKV_DOWN = r".*language_model\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj)|mlp\.down_proj)"
 ALL = r".*language_model\.layers\.\d+\..*_proj"
 
