@@ -88,9 +88,8 @@ def our_logits(opened):
     return np.asarray(outputs(graphdef, batch)(arrays)[1][2])[0, :, : TEXT["vocab_size"]]
 
 
-@pytest.fixture(scope="module")
-def opened_here():
-    return lambda adapter, base: open_model(adapter, bases=[str(base)], tokenizer=None)
+def opened_here(adapter, base):
+    return open_model(adapter, bases=[str(base)])
 
 
 KINDS = {
@@ -101,7 +100,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_their_adapters(llava, tmp_path, opened_here, kind):
+def test_logits_of_their_adapters(llava, tmp_path, kind):
     model = adapted(llava, tmp_path / "adapter", **KINDS[kind])
     opened, expected = opened_here(tmp_path / "adapter", llava), their_logits(model)
     assert np.max(np.abs(expected - their_logits(theirs(llava)))) > 0.1, "the adapters say something"
@@ -110,7 +109,7 @@ def test_logits_of_their_adapters(llava, tmp_path, opened_here, kind):
     np.testing.assert_allclose(our_logits(opened.merged()), their_logits(model.merge_and_unload()), rtol=0, atol=1e-4)
 
 
-def test_loss_and_gradients(llava, tmp_path, opened_here):
+def test_loss_and_gradients(llava, tmp_path):
     """Of adapters, at random values of both factors, and of the projector beside them."""
     import torch
 
@@ -137,7 +136,7 @@ def test_loss_and_gradients(llava, tmp_path, opened_here):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_our_adapters_there(llava, tmp_path, opened_here, kind):
+def test_our_adapters_there(llava, tmp_path, kind):
     """Written here, read by peft on the base: every weight taken, none of the tower touched, the same logits; and bit for bit what came in."""
     import peft
     from safetensors.numpy import load_file
@@ -154,7 +153,7 @@ def test_our_adapters_there(llava, tmp_path, opened_here, kind):
     np.testing.assert_allclose(their_logits(model), our_logits(opened), rtol=0, atol=1e-4)
 
 
-def test_through_nemo_and_back(llava, tmp_path, opened_here):
+def test_through_nemo_and_back(llava, tmp_path):
     """peft -> NeMo's canonical adapters -> peft: q and v alone get a k of zeros on the way, which changes no logit."""
     adapted(llava, tmp_path / "first", **KINDS["one layer"])
     first = opened_here(tmp_path / "first", llava)
@@ -164,7 +163,7 @@ def test_through_nemo_and_back(llava, tmp_path, opened_here):
     np.testing.assert_array_equal(our_logits(second), our_logits(first))
 
 
-def test_a_language_model_alone(tmp_path, opened_here):
+def test_a_language_model_alone(tmp_path):
     """peft's own defaults on a Llama: q and v by name."""
     import peft
     import transformers
@@ -193,7 +192,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "told"), REFUSED, ids=[told.split()[0] for _, told in REFUSED])
-def test_what_is_no_plain_lora_is_refused(llava, tmp_path, opened_here, options, told):
+def test_what_is_no_plain_lora_is_refused(llava, tmp_path, options, told):
     adapted(llava, tmp_path / "adapter", **options)
     with pytest.raises(UserError, match=told):
         opened_here(tmp_path / "adapter", llava)
