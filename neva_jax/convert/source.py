@@ -67,11 +67,13 @@ def huggingface(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS, 
     if config.llm and config.llm.tied:
         tensors.pop("llm.lm_head.weight", None)  # some files repeat the table; transformers reads past it as well
 
-    def part_of(name: str) -> str | None:
-        part = name.split(".")[0]
-        return part if part in PARTS else None
+    return Source(path, tensors, hf.key_map(config, tensors), parts, _part_of)
 
-    return Source(path, tensors, hf.key_map(config, tensors), parts, part_of)
+
+def _part_of(name: str) -> str | None:
+    """The part of a model that a canonical name of Hugging Face's belongs to."""
+    part = name.split(".")[0]
+    return part if part in PARTS else None
 
 
 def _check_tables(path: Path, tensors: dict) -> None:
@@ -110,11 +112,7 @@ def peft_adapter(path: Path, config: NevaConfig, parts: tuple[str, ...] = PARTS,
     tensors = peft.open_tensors(path)
     _expect_adapters(path, lora, list(tensors))
 
-    def part_of(name: str) -> str | None:
-        part = name.split(".")[0]
-        return part if part in PARTS else None
-
-    return of_adapters(Source(path, tensors, peft.key_map(config, lora, tensors), parts, part_of), peft.recorded_base(path))
+    return of_adapters(Source(path, tensors, peft.key_map(config, lora, tensors), parts, _part_of), peft.recorded_base(path))
 
 
 def of_adapters(source: Source, recorded_base: dict | None) -> Source:
