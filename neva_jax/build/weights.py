@@ -55,8 +55,8 @@ def start_weights(config: ConfigDict, model) -> tuple[dict, dict, dict]:
     if frozen_parts and not config.model.mm_cfg.allow_random_frozen:
         fields = {"llm": "model.mm_cfg.llm.from_pretrained", "vision_encoder": "model.mm_cfg.vision_encoder.from_pretrained"}
         named = " and ".join(f"{part} (set {fields.get(part, 'model.restore_from_path')})" for part in frozen_parts)
-        advice = "a frozen part that starts random learns nothing: give its weights, or all of it by restore_from_path, or set allow_random_frozen=True"
-        raise UserError(f"frozen without weights: {named}; {advice}")
+        advice = "a frozen part that starts random learns nothing: give its weights, or all of it by restore_from_path"
+        raise UserError(f"frozen without weights: {named}; {advice}, or set model.mm_cfg.allow_random_frozen=True")
     for part in sorted({path.split("/")[0] for path in missing}):
         new = [is_adapter(path) for path in missing if path.startswith(f"{part}/")]
         words = [f"{count} {what}" for count, what in ((len(new) - sum(new), "weights"), (sum(new), "weights of adapters")) if count]
